@@ -41,9 +41,11 @@ order cancels it.
 DRAWS = 100
 WELL_WITHIN = 0.8
 """Share of a look's bound below which one design is as good as another."""
+# Pocock's one-sided level of each of two looks at 0.05 in all (`statistics.look_alpha`)
 LOOK_ALPHA = 0.0304
 MOST_BETWEEN = 3
 """Readings at most that are discarded between two blocks."""
+# With the observed order, 2,000: p-values are multiples of 1 / 2,000.
 PERMUTATIONS = 1999
 LEAST_BLOCKS = 4
 """Fewer blocks show neither."""
@@ -84,12 +86,14 @@ def draw_design(pairs: int, blocks: int, alone: int, seed: int) -> Design:
         return Design((), (0,) * blocks, ())
     rng = np.random.default_rng(seed)
     drawn = [_draw(pairs, blocks, alone, rng) for _ in range(DRAWS)]
+    # One block has no spread to hold a disturbance against.
     return drawn[0] if blocks < 2 else min(drawn, key=_misled)
 
 
 def _draw(pairs: int, blocks: int, alone: int, rng: np.random.Generator) -> Design:
     """Draw orders, of every two blocks in a row one arm-first and one base-first, and gaps."""
     gaps = (0, *rng.integers(0, MOST_BETWEEN + 1, blocks - 1).tolist())
+    # Readings before each block: the discarded ones, and those of earlier blocks.
     starts = [sum(gaps[: block + 1]) + block * (4 * pairs + 2 * alone) for block in range(blocks)]
     orders: list[tuple[str, ...]] = []
     for _ in range(pairs):
@@ -128,13 +132,16 @@ def _share_of_bound(period: int, signs: Floats, places: npt.NDArray[np.int64]) -
     phases = np.arange(8) * math.pi / 8
     spikes = places % period == np.arange(period)[:, None, None]
     waves = np.sin(2 * math.pi * places / period + phases[:, None, None])
+    # Arm less base, the mean of a block's two pairs: what the disturbance makes of equal arms.
     effects = (np.concatenate([spikes, waves]) * signs).sum(axis=2) / 2  # (disturbances, blocks)
     n, mean = effects.shape[1], effects.mean(axis=1)
     around = effects - mean[:, None]
+    # A disturbance that hits every block alike leaves no spread: the floor avoids 0 / 0.
     variance = np.maximum(np.mean(around**2, axis=1), 1e-18)
     skewness = -np.sign(mean) * np.mean(around**3, axis=1) / variance**1.5
     t = np.abs(mean) / np.sqrt(variance / (n - 1))
     bound = skewed_reach(t_quantile(1 - 2 * LOOK_ALPHA, n - 1), skewness, n)
+    # What cancels exactly misleads nobody.
     return np.where(np.abs(mean) < 1e-9, 0.0, t / bound)
 
 
@@ -153,6 +160,7 @@ def in_time(
     # (blocks, 4)
     is_arm = np.array([[letter == "A" for letter in order] for order in orders], dtype=bool)
     readings = np.empty(is_arm.shape)
+    # Row by row a mask fills places in time order, as the readings of each block are stored.
     readings[is_arm], readings[~is_arm] = arm.ravel(), base.ravel()
     return readings.ravel(), is_arm.ravel()
 
@@ -179,6 +187,7 @@ def disturbances(
         return []
     readings, is_arm = in_time(arm, base, orders)
     logs, ranks = np.log(readings), np.empty(len(readings))
+    # Within each arm, so that a true difference between the arms is no disturbance.
     for side in (is_arm, ~is_arm):
         logs[side] -= np.median(logs[side])
         ranks[side] = _ranks(logs[side])
@@ -215,6 +224,7 @@ class _Chance:
 @lru_cache(maxsize=64)
 def _chance(is_arm: tuple[bool, ...], times: tuple[int, ...]) -> _Chance:
     """Return what ranks shuffled within each arm give; it depends on when each was read alone."""
+    # A fixed seed: the same readings give the same answer every time.
     mask, rng = np.array(is_arm), np.random.default_rng(0)
     shuffled = np.empty((PERMUTATIONS, len(mask)))
     for side in (mask, ~mask):
@@ -242,6 +252,7 @@ def _drift(
         1 + PERMUTATIONS
     ) > DRIFT_LEVEL:
         return []
+    # Least-squares slope times the pass: the relative change from its first to its last reading.
     change = float(centred @ logs / (centred @ centred)) * float(time[-1] - time[0])
     if abs(change) < least:
         return []

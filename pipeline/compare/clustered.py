@@ -36,6 +36,7 @@ def group_codes(items: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.int64] 
         return None
     codes: dict[tuple[str, str], int] = {}
     pairs = zip(items[GROUP].tolist(), items["digest"].tolist(), strict=True)
+    # Documents with the same digest and no group are one source.
     keys = (
         ("document", str(digest)) if group is None else ("group", str(group))
         for group, digest in pairs
@@ -52,6 +53,7 @@ def summed(values: npt.ArrayLike, codes: npt.NDArray[np.int64] | None) -> Floats
     if codes is None:
         return values
     sums = np.zeros((int(codes.max()) + 1, *values.shape[1:]))
+    # Unlike `sums[codes] += values`, this adds repeated indexes every time.
     np.add.at(sums, codes, values)
     return sums
 
@@ -136,6 +138,7 @@ def paired_share(
     sums, sizes = summed(difference, codes), summed(np.ones(len(difference)), codes)
     estimate, spread = statistics.ratio_spread(sums, sizes, sizes)
     only_arm, only_base = float(np.mean(difference > 0)), float(np.mean(difference < 0))
+    # Variance of an item's difference, which is -1, 0 or 1: E[d^2] - E[d]^2
     n = effective_items(sizes, only_arm + only_base - estimate**2, spread)
     counts = only_arm * n, only_base * n, n
     tango = statistics.tango_interval(*counts, level=level)

@@ -100,6 +100,7 @@ def value_of(quality: Quality, columns: Columns) -> float:
 def ratio(num: npt.NDArray[Any], den: npt.NDArray[Any], how: Resampling) -> tuple[float, Ends]:
     """Return sum(num) / sum(den) and its interval over documents, or groups of them."""
     num, den = clustered.summed(num, how.codes), clustered.summed(den, how.codes)
+    # One document or group cannot be resampled.
     if len(num) == 1:
         return float(num[0] / den[0]), None
     interval = bootstrap_ratio(num, den, resamples=how.resamples, seed=how.seed, level=LEVEL)

@@ -170,11 +170,13 @@ def count_once(found: Sequence[Judged]) -> list[Judged]:
     """
     groups: dict[tuple[str, ...], list[Judged]] = {}
     for each in found:
+        # Without a baseline there is no key: such answers are told apart by their verdict.
         groups.setdefault((each.key, each.candidate, "" if each.key else each.verdict), []).append(
             each
         )
     kept: list[Judged] = []
     for same in groups.values():
+        # Verdicts that were given again are repetitions, unless the original is not in the history.
         own = [each for each in same if each.recorded is None] or same[:1]
         last = max(own, key=lambda each: (each.verdict != "INVALID", each.look, each.created))
         kept.append(replace(last, again=sum(each.recorded is not None for each in same)))
@@ -235,11 +237,15 @@ def step(
     if len(earlier) < LEAST_EARLIER:
         return None
     tau2 = between_variance(earlier, own)
+    # Inverse variance: what a release varies by itself, and from release to release.
     weights = 1 / (own + tau2)
     mean = float(weights @ earlier / weights.sum())
+    # Harmonic mean of the earlier variances
     typical = len(own) / np.sum(1 / own)
+    # A prediction: spread of releases, the newest one's error, and that of the mean.
     variance = tau2 + max(float(variances[-1]), float(typical)) + 1 / weights.sum()
     estimate = float(y[-1]) - mean
+    # Kish's effective number: a few very precise releases count for fewer than there are.
     counts_for = float(weights.sum() ** 2 / np.sum(weights**2))
     quantile = float(special.stdtrit(max(1.0, min(counts_for - 1, degrees)), 1 - alpha))
     high = estimate + quantile * math.sqrt(variance)
@@ -262,6 +268,7 @@ def between_variance(values: Floats, variances: Floats) -> float:
 
     if excess(0.0) <= 0:
         return 0.0
+    # The plain variance of the readings: the root lies below twice that.
     largest = float(np.sum((values - values.mean()) ** 2)) / (len(values) - 1)
     return float(optimize.brentq(excess, 0.0, 2 * largest))  # type: ignore[arg-type]
 
@@ -330,6 +337,7 @@ def drift(
     assert y.shape == variances.shape, (y.shape, variances.shape)
     if not len(y):
         return None
+    # From each champion to the newest: sums from the end of the chain.
     totals, half = (
         np.cumsum(y[::-1])[::-1],
         -float(special.ndtri(alpha / len(y))) * np.sqrt(np.cumsum(variances[::-1])[::-1]),
@@ -489,6 +497,7 @@ def _drift(name: str, measured: Sequence[Judged], alpha: float) -> Finding:
         return replace(finding, why="the champion's own verdict has no interval")
     assert all(after.baseline == before.candidate for before, after in pairwise(chain))
     relative = readings[-1].relative
+    # In the unit that adds up, as the readings are.
     margin = math.log1p(newest.margin) if relative else newest.margin
     detected = drift(
         [each.added for each in readings],

@@ -74,6 +74,7 @@ _Found = tuple[Interval, _ItemsNeeded]
 
 def answer_of(low: float, high: float, margin: float) -> str:
     """Return what an oriented interval says (the rule at the top of this file)."""
+    # Before `better`: a gain within the margin is too small to be called one.
     if -margin < low and high < margin:
         return "equal"
     if low > 0:
@@ -100,8 +101,10 @@ _Parts = Callable[[Items], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 def _ratios(parts: _Parts, quality: Quality, arm: Items, base: Items, how: _Settings) -> _Found:
     """Compare two ratios of sums, over groups where there are any."""
     (ours, den), (theirs, _) = parts(arm), parts(base)
+    # Sums of groups take the place of documents; without groups this changes nothing.
     by_group = (clustered.summed(column, how.codes) for column in (ours, theirs, den))
     higher, spread = statistics.paired_ratio(*by_group, relative=quality.relative)
+    # Bits per byte: lower is better, so the sign and the sides of the tail change places.
     if quality.direction < 0:
         higher, spread = -higher, spread.reversed()
     return _continuous(higher, spread, how)
@@ -253,6 +256,7 @@ def macro_f1(counts: Floats) -> Floats:
     """
     hits, labelled, predicted = np.split(counts, 3, axis=-1)
     occurs = labelled + predicted > 0
+    # F1 = 2 TP / (labelled + predicted). A class that occurs in neither is left out of the mean.
     f1 = np.divide(2 * hits, labelled + predicted, out=np.zeros_like(hits), where=occurs)
     return f1.sum(axis=-1) / occurs.sum(axis=-1)
 
@@ -308,6 +312,7 @@ def _compare(quality: Quality, arm: Items, base: Items, how: _Settings) -> _Foun
         case Ratio() | Mean() as measure:
             parts = _parts(measure)
             ours, theirs = parts(arm)[0], parts(base)[0]
+            # Scores of 0 and 1 get Tango's interval, which holds its level for few disagreements.
             is_share = isinstance(measure, Mean) and quality.direction > 0 and not quality.relative
             if is_share and is_binary(ours) and is_binary(theirs):
                 return _shares(ours.astype(bool), theirs.astype(bool), how)
@@ -346,6 +351,7 @@ def compared_keys(arm_items: Items, base_items: Items) -> tuple[str, ...]:
 
 def pair(arm_items: Items, base_items: Items) -> tuple[Items, Items]:
     """Return both arms' items of the documents they share, in the same order (by digest)."""
+    # Both index arrays follow the sorted digests, which puts the arms into one order.
     _, in_arm, in_base = np.intersect1d(
         arm_items["digest"], base_items["digest"], return_indices=True
     )
@@ -486,7 +492,9 @@ def compare_items(
         return _null(f"{one} have no spread", num_paired, margin)
     interval, needed = _compare(quality, arm, base, _Settings(level, resamples, seed, codes))
     visible = statistics.smallest_visible_damage(counted, level=level)
+    # Equal in every recorded column, not only in the one compared: the same model twice.
     one_model = _agree(arm, base, tuple(arm))
+    # Two different models that agree by chance: no spread is no proof of equality.
     if interval.low == interval.high and _agree(arm, base, _read(quality)) and not one_model:
         why = (
             f"both arms read the same on all {num_paired} documents, so that resampling them shows"
@@ -634,6 +642,7 @@ def combine_seeds(
         why = f"all {len(per_seed)} seeds read the same, which shows no spread"
         return _without_interval(interval.estimate, len(per_seed), margin, why)
     interval = (
+        # A t interval of few seeds may reach beyond what a difference of shares can be.
         Interval(interval.estimate, max(interval.low, -1.0), min(interval.high, 1.0))
         if is_share
         else interval

@@ -75,6 +75,7 @@ def chain(arm: str, spends: Spends) -> list[str]:
     def visit(name: str) -> None:
         if name not in seen:
             seen.add(name)
+            # Depth first: what an arm depends on stands before it.
             for needed in spends[name].depends_on:
                 visit(needed)
             order.append(name)
@@ -118,6 +119,7 @@ def counted(arm: str, spends: Spends, cancelled: Collection[str]) -> list[Spend]
     """
     by_run = {
         _past(spends[name]): spends[name]
+        # Reversed, so that of models registered with one run the first in the chain stays.
         for name in reversed(chain(arm, spends))
         if name not in cancelled
     }
@@ -140,6 +142,7 @@ def _over_chain(
             for why in (s.unknown for s in existing)
         }
         return null("; ".join(f"{why}: {names}" for why, names in arms.items()))
+    # `fsum` is exact, so that the order of a chain changes no figure.
     return Value(math.fsum(part(spend) for spend in own), Provenance.DERIVED)
 
 
@@ -354,6 +357,7 @@ def _first_held(trained: Trained, target: _Target) -> Reading | None:
 def _cut_at(trained: Trained, reading: Reading, spends: Spends) -> Spends:
     """Return the spends as if the arm's own stage had ended at `reading`."""
     own = spends[trained.arm]
+    # FLOPs are counted over the whole stage; they grow with the tokens.
     share = reading.tokens / trained.curve[-1].tokens
     flops = None if own.flops is None else own.flops * share
     return {**spends, own.arm: replace(own, work_h=reading.device_hours, flops=flops)}
@@ -374,12 +378,14 @@ def _match_on_curve(arm: Trained, base: Trained, target: _Target, spends: Spends
     """
     assert arm.final is not None
     base_reading, arm_reading = _first_held(base, target), _first_held(arm, target)
+    # An arm that holds Q only at its end has no comparable point on its curve.
     if base_reading is None or (arm_reading is None and target.reached(arm.final)):
         return None
     rule = f"first of two consecutive evaluations at Q = {target.q:.4g}"
     at_base = _cut_at(base, base_reading, spends)
     if arm_reading is not None:
         return _Match(rule, (_cut_at(arm, arm_reading, spends), at_base))
+    # The last comparable point: the arm would have needed more than it had spent there.
     last = arm.constant[-1]
     why = f"the arm did not hold Q = {target.q:.4g} within {last.tokens} tokens"
     return _Match(rule, (_cut_at(arm, last, spends), at_base), why)
@@ -482,6 +488,7 @@ def _saved(arm: str, base: str, spends: tuple[Spends, Spends]) -> dict[str, Valu
             if saving.value is None
             else null("the saving is known")
         ),
+        # Device-hours per FLOP; with `algorithmic`, (1 - systems)(1 - algorithmic) = 1 - saving.
         "systems": _share_saved(_ratio(c_arm, f_arm), _ratio(c_base, f_base)),
         "algorithmic": _share_saved(f_arm, f_base),
     }
@@ -663,6 +670,7 @@ def _ends_over_seeds(savings: Sequence[float]) -> list[float] | None:
     if not all(map(math.isfinite, logs)):
         return None
     mean = statistics.mean_interval(logs)
+    # 1 - exp(x) falls as x rises: the ends change places.
     return [-math.expm1(mean.high), -math.expm1(mean.low)]
 
 
@@ -723,6 +731,7 @@ def speedup(serving: ServingSaving, arm: Figures, base: Figures) -> Speedup:
         `saves_time`, `memory` (the share saved, a value), and `no_speedup`: neither is saved.
     """
     saves_time = serving["value"] is not None and serving["ci"] is not None and serving["ci"][0] > 0
+    # One kind of figure for both sides: a peak is never compared with weights.
     counted = arm["peak_bytes"]["value"] is not None and base["peak_bytes"]["value"] is not None
     name = "peak_bytes" if counted else "weights_bytes"
     memory = derive(
@@ -768,10 +777,15 @@ def payback(
     """
     saving = Value.from_json(serving)
     if saving.value is not None and saving.value <= 0:
+        # Known before C_opt is: no volume pays back where serving costs as much or more.
         units = null("never: not cheaper")
     else:
         units = derive(
-            lambda o, c, s: max(0.0, SECONDS_PER_HOUR * o / (c * s)), c_opt, c_base, saving
+            # 0 where the arm was cheaper to make as well
+            lambda o, c, s: max(0.0, SECONDS_PER_HOUR * o / (c * s)),
+            c_opt,
+            c_base,
+            saving,
         )
     return {
         **units.to_json(),
@@ -801,10 +815,12 @@ def _p_net_positive(
         return null(serving["why_missing"] or "")
     # the saving at which nothing is left over
     needed = SECONDS_PER_HOUR * c_opt.value / (volume * c_base.value)
+    # Serving would have to cost nothing or less.
     if needed >= 1:
         return estimated(0.0)
     assert "sd_log" in serving, "what was compared has its spread"
     degrees, error = serving["blocks"] - 1, serving["sd_log"] / math.sqrt(serving["blocks"])
+    # In ln(arm/base), where the saving's estimate is t-distributed.
     distance = math.log1p(-needed) - math.log1p(-serving["value"])
     if error == 0:
         return estimated(float(distance > 0))

@@ -76,6 +76,7 @@ def wilson_interval(k: float, n: float, *, level: float = LEVEL) -> tuple[float,
     z2 = normal_quantile(level) ** 2
     centre = (k + z2 / 2) / (n + z2)
     half = math.sqrt(z2 * (k * (n - k) / n + z2 / 4)) / (n + z2)
+    # Exactly 0 and 1 at the edges, where rounding could leave the range of a share.
     return (0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half)
 
 
@@ -89,6 +90,7 @@ def _variance_at(d0: float, only_arm: float, only_base: float) -> float:
         d0 * (2 - only_arm + only_base) - (only_arm + only_base),
         -only_base * d0 * (1 - d0),
     )
+    # The larger root of 2 q^2 + linear q + constant = 0. The floor guards against rounding.
     q = (math.sqrt(max(0.0, linear * linear - 8 * constant)) - linear) / 4
     return 2 * q + d0 * (1 - d0)
 
@@ -127,6 +129,7 @@ def tango_interval(b: float, c: float, n: float, *, level: float = LEVEL) -> tup
     def root(start: float, end: float, target: float) -> float:
         return cast(float, optimize.brentq(excess, start, end, args=(target,), xtol=1e-12))
 
+    # The statistic falls as d0 rises and is 0 at the estimate, so each side of it holds one root.
     low = -1.0 if c == n else root(-1.0, estimate, z)
     high = 1.0 if b == n else root(estimate, 1.0, -z)
     return low, high
@@ -147,6 +150,7 @@ def smallest_visible_damage(n: int, *, level: float = LEVEL) -> float:
     Source: Hanley and Lippman-Hand (1983), JAMA 249:1743-1745 (the rule of three).
     """
     assert n > 0
+    # 1 - alpha^(1/n); `expm1` keeps the digits of a share that is close to 0.
     return float(-math.expm1(math.log((1 - level) / 2) / n))
 
 
@@ -190,6 +194,7 @@ def bootstrap_sums(
     if times is None:
         total, drawn = columns.sum(axis=0), _resampled_sums(columns, resamples, seed)
     else:
+        # Drawing n documents of a few kinds is drawing how many there are of each.
         counts = np.random.default_rng(seed).multinomial(
             times.sum(), times / times.sum(), size=resamples
         )
@@ -214,8 +219,10 @@ def _resampled_sums(columns: Floats, resamples: int, seed: int) -> Floats:
     rows_at_a_time = max(1, _COUNTS_AT_A_TIME // n)
     for start in range(0, resamples, rows_at_a_time):
         rows = min(rows_at_a_time, resamples - start)
+        # Each resample has numbers of its own, so that one `bincount` serves all of them.
         drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
         times_drawn = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+        # A product with counts instead of a gather: no (rows, n, k) array is made.
         sums[start : start + rows] = times_drawn.astype(np.float64) @ columns
     return sums
 
@@ -232,12 +239,15 @@ def _bca_ends(
     if np.ptp(replicates) <= _ROUND_OFF * max(1.0, abs(estimate)):
         return estimate, estimate
     count = len(replicates)
+    # Ties count half, because a few kinds of documents give many equal replicates.
     below = (np.sum(replicates < estimate) + np.sum(replicates <= estimate)) / (2 * count)
+    # Clipped: with all replicates on one side the bias would be infinite.
     bias = special.ndtri(np.clip(below, 0.5 / count, 1 - 0.5 / count))
     influence = left_out.mean() - left_out
     # 0 where leaving any one out changes nothing: macro F1 of a few, all alike
     spread = np.sum(influence**2)
     acceleration = np.sum(influence**3) / (6 * spread**1.5) if spread > 0 else 0.0
+    # Both ends at once: (2,)
     shifted = bias + np.array([-1.0, 1.0]) * normal_quantile(level)
     low, high = np.quantile(replicates, special.ndtr(bias + shifted / (1 - acceleration * shifted)))
     return float(low), float(high)
@@ -328,15 +338,21 @@ def ratio_spread(
     assert (sizes > 0).all(), "a document that adds nothing below the line carries no information"
     assert below.sum() > 0, below.sum()
     ratio, share = float(num.sum() / below.sum()), below / below.sum()
+    # The ratio's derivative with respect to one document, times n
     residual = (num - ratio * below) / below.mean()
+    # A document that makes up much of the sum pulls the ratio towards itself, so its residual is
+    # too small. The cap keeps one huge document from dividing by almost 0.
     moved = residual / (1 - np.minimum(share, 0.5))
     moved -= moved.mean()
     sd = float(np.sqrt(np.mean(moved**2) * n / (n - 1)))
+    # Arms that read the same differ by the order of summation alone.
     if sd <= _ROUND_OFF * max(1.0, float(np.abs(num).sum() / below.sum())):
         return ratio, Spread(n, 0.0, float(n - 1), 0.0, 0.0)
     scaled = moved / np.sqrt(np.mean(moved**2))
     own, pooled = float(np.mean(scaled**3)), _pooled_skewness(residual, sizes)
+    # Satterthwaite's, held between 1 and n - 1. `2 / n` guards against a kurtosis of 1.
     degrees = min(max(2 * n / max(float(np.mean(scaled**4)) - 1, 2 / n), 1.0), n - 1.0)
+    # Never below 0: skewness widens an end, and narrows none.
     up, down = (max(sign * _OWN_SKEWNESS * own, sign * pooled, 0.0) for sign in (1, -1))
     return ratio, Spread(n, sd, degrees, up, down)
 
@@ -367,6 +383,7 @@ def skewed_t_interval(estimate: float, spread: Spread, *, level: float = LEVEL) 
 
     Source: Johnson (1978), JASA 73:536-544; Hall (1992), JRSS B 54:221-228.
     """
+    # A tail towards low values makes the lower end too high, so it belongs to that end.
     below, above = (
         _reach(spread, skewness, level) for skewness in (spread.skewness_down, spread.skewness)
     )
@@ -454,6 +471,7 @@ def sums_spread(
     columns = np.asarray(columns, dtype=np.float64)
     total = columns.sum(axis=0) if times is None else times @ columns
     left_out = _each(statistic(total - columns), times)
+    # Pseudo-values as a mean of documents of equal weight
     ones = np.ones(len(left_out))
     return ratio_spread((len(left_out) - 1) * (left_out.mean() - left_out), ones, ones)[1]
 
@@ -508,6 +526,7 @@ def skewed_reach(t: float, skewness: Floats | np.float64, n: int) -> Floats:
     a = np.maximum(skewness, 0.0) / math.sqrt(n)
     with np.errstate(over="ignore"):  # next to no degrees of freedom: infinitely far
         at = a * t  # multiplied in this order nothing overflows to a number that is none
+        # Only `t` is left where the sample is not skewed.
         return t + a / 6 + at * t / 3 + 5 / 27 * at * at * t
 
 
@@ -600,6 +619,7 @@ def own_spread(
     larger = own.sd > 0 and (recorded.sd == 0 or _is_larger(own, recorded))
     if larger:
         return own, f"that of its own {len(hours)} runs, larger than the recorded one"
+    # Pooled variance, each weighted by its degrees of freedom
     degrees = own.degrees + recorded.degrees
     pooled = math.sqrt((own.degrees * own.sd**2 + recorded.degrees * recorded.sd**2) / degrees)
     return RunSpread(pooled, degrees), f"pooled with that of its own {len(hours)} runs"
@@ -653,6 +673,7 @@ def look_alpha(alpha: float, looks: int) -> float:
     if looks == 1:
         return alpha
     rho = math.sqrt(0.5)
+    # P(Z1 < c, Z2 < c) = Phi(c) - 2 T(c, slope), with Owen's T
     slope = math.sqrt((1 - rho) / (1 + rho))
 
     def excess(c: float) -> float:
@@ -716,6 +737,7 @@ def items_for_power(
 
     if excess(2) <= 0:
         return 2
+    # Doubling until enough, then halving the gap: the excess falls as n grows.
     few, many = 2, 4
     while excess(many) > 0:
         few, many = many, 2 * many
@@ -758,6 +780,7 @@ def binary_items_for_power(
     distance, z = abs(assumed + margin), float(special.ndtri(power))
     if distance == 0:
         return None
+    # The test's variance is the one at the margin; the power's is the one at the truth.
     at_margin = math.sqrt(
         _variance_at(-margin, (discordant + assumed) / 2, (discordant - assumed) / 2)
     )
@@ -776,5 +799,6 @@ def discordant_rate(b: float, c: float, n: float) -> float:
         c: Items that only the base gets right.
         n: All items.
     """
+    # Half an item is added, so that no disagreement in the pilot is not taken for none ever.
     rate = (b + c + 0.5) / (n + 1)
     return min(1.0, rate + math.sqrt(rate * (1 - rate) / n))

@@ -201,6 +201,7 @@ def quality_criterion(
         policy: Its alpha, and how many items or documents an answer needs.
         margin: Loss that still passes: relative for bits per byte, absolute for shares.
     """
+    # Two-sided level whose ends are one-sided bounds at alpha.
     level = 1 - 2 * policy.alpha
     least = policy.min_items if _is_right_or_wrong(key, arm, base) else policy.min_documents
     read = compare_items(
@@ -417,6 +418,7 @@ def training_criterion(
     recorded = statistics.RunSpread(spread.sd_log, spread.runs - 1)
     of_arm, how = statistics.own_spread(recorded, arm_runs)
     of_base, how_base = statistics.own_spread(recorded, base_runs, assumed=1.0)
+    # A saving s of one run each: arm / base = 1 - s.
     saving = statistics.log_ratio_from_spread(
         1 - value.value, 1.0, arm_spread=of_arm, base_spread=of_base, level=level
     )
@@ -451,10 +453,12 @@ def payback_criterion(payback: Payback, *, within: float | None, alpha: float) -
         unit=payback["unit"],
         why=value.why_missing,
     )
+    # "Never" is an answer (FAIL), not a missing figure (INVALID).
     never = value.why_missing is not None and value.why_missing.startswith("never")
     if value.value is None and not never:
         return replace(made, outcome=Outcome.INVALID)
     if within is None:
+        # Without a volume no probability is computed; this outcome decides nothing.
         return replace(made, outcome=Outcome.FAIL if never else Outcome.PASS)
     probability = Value.from_json(payback["p_net_positive"])
     if probability.value is None:

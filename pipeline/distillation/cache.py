@@ -101,12 +101,15 @@ def write_shard(
         contents: What each consists of.
         parts: What was captured for each.
     """
+    # `_Shard` reads `starts` by this order of columns.
     names = sorted(parts[0])
     sizes = np.array([[len(part[name]) for name in names] for part in parts], dtype=np.int32)
     digests = [_digest(content, part) for content, part in zip(contents, parts, strict=True)]
     tensors = {
         "windows": np.array(rows, dtype=np.int64),
         "digests": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
+        # (windows + 1, columns): where each window's part of each column begins and the last one
+        # ends
         "starts": np.concatenate(
             [np.zeros((1, len(names)), dtype=np.int32), sizes.cumsum(0, dtype=np.int32)]
         ),
@@ -182,6 +185,7 @@ class TeacherCache:
                 f"{folder} has no manifest of format {FORMAT}: the capture did not end, or is"
                 " older",
             )
+        # Removed before it is compared: the digest does not cover itself.
         if found.pop("digest", None) != key_of(**found):
             raise _refused(key, f"{MANIFEST} of the cache is damaged: it does not have its digest")
         self.manifest: dict[str, Any] = found
@@ -189,6 +193,7 @@ class TeacherCache:
         self._codec = codec_of(found)
         self._places: dict[int, tuple[int, int]] = {}
         self._ready: dict[tuple[int, ...], Sparse | Tensor] = {}
+        # Each open shard is a file handle and a mapping, so only so many stay open.
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(
             lambda number: _Shard(folder / shard_name(number))
         )
@@ -214,6 +219,7 @@ class TeacherCache:
             if name in expected and self.manifest.get(name) != expected[name]:
                 text = words.format(theirs=self.manifest.get(name), ours=expected[name])
                 raise _refused(self._key, f"the cache was made with {text}")
+        # Before windows are compared: this also learns where each one lies.
         for number, entry in enumerate(self.manifest["shards"]):
             self._check_shard(number, entry)
         self._check_windows(windows, rows)
@@ -258,6 +264,7 @@ class TeacherCache:
 
         Sparse entries of (N, K), or logits (N, C) of examples.
         """
+        # Removed when taken: memory holds only what was read ahead.
         ready = self._ready.pop(tuple(rows), None)
         return self._read(rows) if ready is None else ready
 

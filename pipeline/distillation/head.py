@@ -136,11 +136,14 @@ class _FusedHead(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work
     ) -> tuple[Tensor, ...]:
         exact = torch.promote_types(work.dtype, torch.float32)
+        # Converted once, not once a chunk.
         student = Head(weight, bias).to(work.dtype)
         teacher = (
             work.taught.head.to(work.taught.dtype) if isinstance(work.taught, Taught) else None
         )
         sums = Sums(*(torch.zeros((), dtype=exact, device=hidden.device) for _ in range(2)))
+        # Frozen parts (a trained adapter beside a frozen head) get no gradient and hold no memory
+        # for one.
         for_hidden, for_weight, for_bias = (
             wanted and work.trains for wanted in ctx.needs_input_grad[:3]
         )
@@ -151,24 +154,30 @@ class _FusedHead(torch.autograd.Function):
         rows = _rows(weight, teacher, work)
         for start in range(0, len(work.labels), rows):
             part = slice(start, start + rows)
-            h = hidden[part].to(work.dtype)
-            tile = student.products(h)
+            h = hidden[part].to(work.dtype)  # (n, H_s): n rows of this chunk
+            tile = student.products(h)  # (n, V_s)
             theirs, done = _theirs(work.taught, teacher, part)
+            # Afterwards `tile` holds the gradient with respect to the products, not the products.
             some = work.terms(
                 tile, theirs, work.labels[part], work.loss, work.vocabulary, work.transform, done
             )
             sums.ce.add_(some.ce)
             sums.divergence.add_(some.divergence)
+            # Before the next products: two chunks of teacher logits would not fit beside each
+            # other.
             del theirs
             if grad_hidden is not None:
-                grad_hidden[part] = tile @ student.weight
+                grad_hidden[part] = tile @ student.weight  # (n, H_s)
             if grad_weight is not None:
                 _add_product(grad_weight, tile, h)
             if grad_bias is not None:
                 grad_bias += tile.sum(0, dtype=exact)
+        # These are of the summed loss; `backward` divides by the count and multiplies by what comes
+        # from above, such as the loss scale of fp16.
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.count = max(len(work.labels), 1)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        # The sums are readings for the log; only the mean is trained on.
         ctx.mark_non_differentiable(sums.ce, sums.divergence)
         return work.mean(sums), sums.ce, sums.divergence
 
@@ -193,9 +202,11 @@ class _GivenLogits(torch.autograd.Function):
         )
         sums = Sums(*(torch.zeros((), dtype=exact, device=logits.device) for _ in range(2)))
         gradient = torch.empty_like(logits)
+        # (V, N): `_rows` finds the vocabulary in the first dimension, as in a head's weight.
         rows = _rows(logits.T, teacher, work)
         for start in range(0, len(work.labels), rows):
             part = slice(start, start + rows)
+            # The gradient is made in a copy: autograd still needs the logits as they are.
             tile = gradient[part].copy_(logits[part])
             theirs, done = _theirs(work.taught, teacher, part)
             some = work.terms(
@@ -233,6 +244,7 @@ def _rows(weight: Tensor, teacher: Head | None, work: _Work) -> int:
     """Return how many tokens a chunk holds: a multiple of 64 where it is that large, as matrix
     units like it.
     """
+    # Bytes of one token's logits
     columns = weight.shape[0] * work.dtype.itemsize
     if teacher is not None:
         columns += teacher.weight.shape[0] * teacher.weight.dtype.itemsize
@@ -244,6 +256,7 @@ def _weight_parts(weight: Tensor) -> list[slice]:
     """Return rows of a weight that are worked on at a time, so that what is made beside them stays
     small.
     """
+    # 4 bytes an fp32 entry
     rows = max(1, WEIGHT_TILE_BYTES // (4 * weight.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
@@ -255,6 +268,8 @@ def _add_product(total: Tensor, tile: Tensor, h: Tensor) -> None:
     elif device_of(total.device).wide_products:
         torch.addmm(total, tile.T, h, out_dtype=total.dtype, out=total)
     else:
+        # No kernel gives an fp32 product of 16-bit matrices here: convert, a part of the weight at
+        # a time.
         wide = h.to(total.dtype)
         for part in _weight_parts(total):
             total[part].addmm_(tile[:, part].T.to(total.dtype), wide)
@@ -312,6 +327,7 @@ def head_loss(
         transform=head.transform,
         trains=torch.is_grad_enabled(),
     )
+    # `dtype` says what is rounded; autocast would round the fp32 sums as well.
     with torch.autocast(hidden.device.type, enabled=False):
         value, ce, divergence = _FusedHead.apply(hidden, head.weight, head.bias, work)  # pyright: ignore[reportGeneralTypeIssues]
     return value, Sums(ce, divergence)
@@ -337,6 +353,7 @@ def logits_loss(
         taught=taught,
         terms=default_terms(logits.device, cached=isinstance(taught, Sparse)),
     )
+    # As in `head_loss`.
     with torch.autocast(logits.device.type, enabled=False):
         value, ce, divergence = _GivenLogits.apply(logits, work)  # pyright: ignore[reportGeneralTypeIssues]
     return value, Sums(ce, divergence)

@@ -83,6 +83,7 @@ class HiddenSignal(torch.nn.Module):
         """
         total = torch.zeros((), device=weights.device)
         for (student, teacher), projection in zip(self.pairs, self.projections, strict=True):
+            # Entry 0 is the embeddings, so layer i stands at i + 1. (B, T, H_t)
             apart = projection(ours[student + 1]).float() - theirs[teacher + 1].float()
             total = total + (apart.square().mean(-1) * weights).sum()
         return total / len(self.pairs)
@@ -91,6 +92,7 @@ class HiddenSignal(torch.nn.Module):
         """Return the FLOPs of the projections, forward and backward, over so many positions."""
         mapped = self.widths[0] != self.widths[1]
         return (
+            # 2 FLOPs a weight and position forward, 4 backward
             6.0 * self.widths[0] * self.widths[1] * len(self.pairs) * positions if mapped else 0.0
         )
 

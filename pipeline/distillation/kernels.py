@@ -33,6 +33,7 @@ from pipeline.ledger.devices.table import device_of
 
 HeadLoss = Callable[..., tuple[Tensor, Sums]]
 """The contract of `head.head_loss`."""
+# Liger's JSD loss at the ends of its beta is a plain KL.
 # jsd has its own; Liger has no skewed ones
 LIGER_BETA = {Divergence.forward_kl: 0.0, Divergence.reverse_kl: 1.0}
 NOT_FOR_LIGER = "Liger computes logits that are a plain product of head and hidden states"
@@ -121,6 +122,7 @@ def liger_head_loss(
     student, teacher = head.to(dtype), taught.head.to(dtype)
     call = LigerFusedLinearJSDLoss(
         weight_hard_loss=loss.ce_weight,
+        # T^2 has to come in here, because Liger leaves it out.
         weight_soft_loss=(1 - loss.ce_weight) * loss.temperature**2,
         beta=LIGER_BETA.get(loss.divergence, loss.mixture),
         temperature=loss.temperature,
@@ -138,6 +140,7 @@ def liger_head_loss(
             teacher.bias,
         )
     count = len(labels)
+    # Liger returns means; the contract wants sums.
     return value, Sums(hard.detach() * count, soft.detach() * count * loss.temperature**2)
 
 
@@ -156,6 +159,7 @@ def fastest(
             dtype.
         hidden: (N, H), head and labels (N,), settings: As `head_loss` takes them.
     """
+    # fp32 whatever the others compute in: the yardstick of their errors
     right = _gradients(
         kernels[HeadKernel.torch], hidden, head, labels, **{**settings, "dtype": torch.float32}
     )
@@ -174,13 +178,16 @@ def fastest(
             0.0, error, None if error <= allowed else f"off by {error:.1e}, {allowed:g} allowed"
         )
     for number in range(ROUNDS):
+        # Every other round goes backwards, so that a drift of the clock rate favours no kernel.
         for name in sorted(seconds, key=list(seconds).index, reverse=bool(number % 2)):
             seconds[name].append(_seconds(kernels[name], hidden, head, labels, **settings))
+    # The comparison above has run every kernel once, so compiling is in none of these times.
     found |= {
         name: Probed(statistics.median(each), found[name].error, found[name].why_not)
         for name, each in seconds.items()
     }
     right_ones = [name for name in seconds if found[name].why_not is None]
+    # Without any kernel within the tolerance, the definition itself is taken.
     return min(right_ones, key=lambda name: found[name].seconds, default=HeadKernel.torch), found
 
 
@@ -213,6 +220,7 @@ def _forward_and_backward(
 
 def _error(found: list[Tensor], right: list[Tensor]) -> float:
     errors = [
+        # The floor avoids 0 / 0 where a gradient is exactly 0.
         (ours - theirs).norm() / theirs.norm().clamp(min=1e-12)
         for ours, theirs in zip(found, right, strict=True)
     ]

@@ -200,7 +200,10 @@ def _by_blocks(
     of its rows.
     """
     ce, divergence = (torch.zeros((), dtype=exact, device=student.device) for _ in range(2))
+    # Padding of the vocabulary takes no part in the softmax, so its gradient is 0.
     student[:, vocabulary:] = 0
+    # A CPU is bound by memory, so a block should stay in its cache. An accelerator takes all rows
+    # at once.
     rows = (
         max(1, BLOCK_BYTES // (4 * vocabulary))
         if student.device.type == "cpu"
@@ -208,11 +211,13 @@ def _by_blocks(
     )
     for start in range(0, len(student), rows):
         part = slice(start, start + rows)
+        # A view: writing to it below writes into `student`. (n, V)
         tile = student[part, :vocabulary]
         product = tile.to(exact)
         sums, gradient = block(ours.logits(product), part)
         ce += sums.ce
         divergence += sums.divergence
+        # Chain rule: from logits to the products that they were made of.
         tile.copy_(gradient if ours.plain else gradient * ours.slope(product))
     return Sums(ce, divergence)
 
@@ -228,6 +233,7 @@ def terms(
         labels: (N,) indexes.
     """
     weight = 1.0 if teacher is None else loss.ce_weight
+    # Hard labels count at temperature 1, whatever the temperature of the divergence.
     at_one = _Softmax.of(student)
     ce = -at_one.log_of(labels[:, None]).sum()
     if teacher is None:
@@ -237,6 +243,7 @@ def terms(
     sums = Sums(ce, loss.temperature**2 * value)
     if weight == 1:
         return sums, _hard(at_one, labels, 1.0)
+    # T, not T^2: the derivative of softmax(z / T) brings a factor 1 / T.
     gradient *= (1 - weight) * loss.temperature
     if weight > 0:
         gradient += _hard(at_one, labels, weight)
@@ -264,6 +271,7 @@ def sparse_terms(
     )
     if loss.ce_weight == 1:
         return sums, _hard(at_one, labels, 1.0)
+    # T, not T^2, as in `terms`.
     gradient *= (1 - loss.ce_weight) * loss.temperature
     if loss.ce_weight > 0:
         gradient += _hard(at_one, labels, loss.ce_weight)
@@ -287,15 +295,19 @@ def _with_rest(of_q: _Softmax, teacher: Sparse) -> tuple[Tensor, Tensor]:
     """
     p, ids, residual = teacher.probabilities, teacher.ids, teacher.residual
     assert residual is not None
+    # (N, 1)
     r = residual[:, None]
+    # (N, V): entries drop out of the sum, because exp(-inf) is 0.
     elsewhere = of_q.shifted.scatter(1, ids, -torch.inf)
     # of what the shares beside the entries sum up to
     log_rest = elsewhere.logsumexp(-1, keepdim=True)
+    # (N, K)
     log_q = of_q.log_of(ids)
     value = -(p * _where(p, log_q)).sum() - (r * _where(r, log_rest - of_q.log_total)).sum()
     of_rest = torch.where(r == 0, 0.0, (elsewhere - log_rest).exp_() * r)
     gradient = (of_q.shares * of_q.inverse).sub_(of_rest)
     gradient.scatter_(1, ids, log_q.exp() - p)
+    # The most probable entry: set to 0, then to minus the sum of the others.
     first = ids.gather(1, p.argmax(-1, keepdim=True))
     gradient.scatter_(1, first, 0.0)
     return value, gradient.scatter_(1, first, -gradient.sum(-1, keepdim=True))
@@ -334,6 +346,7 @@ class _Softmax:
 
 def _hard(softmax: _Softmax, labels: Tensor, weight: float) -> Tensor:
     gradient = softmax.shares * (softmax.inverse * weight)
+    # softmax minus one-hot
     gradient[torch.arange(len(labels), device=labels.device), labels] -= weight
     return gradient
 
@@ -344,6 +357,7 @@ def _divergence(of_q: _Softmax, of_p: _Softmax, loss: Loss) -> tuple[Tensor, Ten
         return _forward_kl(of_q, of_p)
     q, p = of_q.shares * of_q.inverse, of_p.shares * of_p.inverse
     log_q, log_p = of_q.shifted - of_q.log_total, of_p.shifted - of_p.log_total
+    # beta or alpha of the table above
     share = loss.mixture
     if loss.divergence is Divergence.reverse_kl:
         ratio = _where(q, log_q - log_p)
@@ -361,6 +375,7 @@ def _divergence(of_q: _Softmax, of_p: _Softmax, loss: Loss) -> tuple[Tensor, Ten
         log_m = _log_mixture(share, log_q, log_p)
         ratio = _where(q, log_q - log_m)
         value, slope = (q * ratio).sum(), ratio - share * _where(q, ratio.exp())
+    # The softmax's Jacobian times dD/dq. Constants in the slope drop out, because q sums to 1.
     return value, q * (slope - (q * slope).sum(-1, keepdim=True))
 
 
@@ -371,6 +386,8 @@ def _log_mixture(share: float, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _forward_kl(of_q: _Softmax, of_p: _Softmax) -> tuple[Tensor, Tensor]:
     """Return KL(p || q) and q - p with few passes: sum(p (ln p - ln q)) up to the totals."""
+    # The totals of both softmaxes are constants of a row, so they are added once a row below, not
+    # once an entry here.
     apart = torch.linalg.vecdot(of_p.shares, of_p.shifted - of_q.shifted)[:, None] * of_p.inverse
     value = (apart - of_p.log_total + of_q.log_total).sum()
     # A token ruled out by the teacher: 0 * inf is no number, 0 * log 0 is 0. Elsewhere than here,

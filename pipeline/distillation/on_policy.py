@@ -74,15 +74,20 @@ def _sample(
     model: Any, ids: Tensor, mask: Tensor, writing: Writing, step: int
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens written, (B, G) int64, and how many of each row count, (B,)."""
+    # Logits of the whole prompt, (B, P, V), would be made to be thrown away.
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     last_only: dict[str, int] = {"logits_to_keep": 1} if keeps else {}
+    # A generator of its own, from seed and step: a resumed run writes the same, and the training's
+    # own draws are not moved.
     [state] = np.random.SeedSequence((writing.seed, step)).generate_state(1, np.uint64)
     generator = torch.Generator(ids.device).manual_seed(int(state) >> 1)
     ends = torch.tensor(writing.ends, dtype=torch.long, device=ids.device)
+    # Prompts are padded on the left: position 0 is the first real token.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     count = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     written: list[Tensor] = []
+    # The key-value cache: after the first pass only the newest token is read.
     cache = None
     while len(written) < writing.length and not (written and bool(done.all())):
         said = model(
@@ -93,9 +98,10 @@ def _sample(
             use_cache=True,
             **last_only,
         )
-        logits = said.logits[:, -1, : writing.vocabulary].float() / writing.temperature
+        logits = said.logits[:, -1, : writing.vocabulary].float() / writing.temperature  # (B, V)
         ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         written.append(ids)
+        # Before `done` is updated, so that the end of the text itself counts.
         count += ~done
         done |= torch.isin(ids[:, 0], ends)
         cache = said.past_key_values
@@ -114,8 +120,12 @@ def _as_batch(
         zip(prompt_lengths.tolist(), sampled.tolist(), strict=True)
     ):
         whole = torch.cat([prompts[row, len(prompts[row]) - asked :], written[row, :said]])
+        # From left padding to right padding, as training batches have it.
         ids[row, : len(whole)] = whole
+        # The label at a position is the next token. Prompts get none.
         labels[row, asked - 1 : len(whole) - 1] = whole[asked:]
+        # Positions begin anew in the padding, which makes it a document of its own that nothing
+        # else reads.
         positions[row] = torch.cat([torch.arange(len(whole)), torch.arange(width - len(whole))])
     lengths = prompt_lengths + sampled
     return {

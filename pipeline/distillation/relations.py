@@ -180,17 +180,21 @@ class _Divergence(torch.autograd.Function):
         # fp16 would lose what the loss scale is still to lift
         gradient = torch.empty_like(student, dtype=exact)
         block = device_of(student.device).chunk_bytes or BLOCK_BYTES
+        # 4 bytes an fp32 entry of (A, T, T)
         rows = max(1, block // (4 * heads * student.shape[1] ** 2))
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)
-            each = weights[part, None, :, None].to(exact) / heads
+            each = weights[part, None, :, None].to(exact) / heads  # (n, 1, T, 1): a mean over heads
+            # (n, A, T, d) and (n, 1, T, T)
             ours, hidden = _split(student[part].to(exact), heads), ~may_read[part, None]
             z, t = _scores(ours, hidden), _scores(_split(teacher[part].to(exact), heads), hidden)
             log_q, log_p = z.log_softmax(-1), t.log_softmax(-1)
             p = log_p.exp()
             total += (torch.linalg.vecdot(p, log_p - log_q) * each[..., 0]).sum()
             slope = log_q.exp_().sub_(p).mul_(each)
+            # X stands on both sides of X X^T, so the gradient has the slope and its transpose.
             pull = (slope + slope.mT) @ ours / ours.shape[-1] ** 0.5
+            # (n, A, T, d) back to (n, T, D)
             gradient[part] = pull.transpose(1, 2).flatten(2)
         ctx.save_for_backward(gradient)
         ctx.dtype = student.dtype
@@ -213,6 +217,7 @@ def _scores(parts: Tensor, hidden: Tensor) -> Tensor:
     What may not be read gets the least number rather than -inf: a row that reads nothing is then
     the same uniform distribution in both models, whose divergence and gradient are exactly 0.
     """
+    # Divided before the product, which keeps its values small.
     scores = parts @ (parts / parts.shape[-1] ** 0.5).mT
     return scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
 

@@ -85,7 +85,9 @@ class Sampled:
         # in fp32 the sum of a large vocabulary would drift
         cumulative = p.cumsum(-1, dtype=torch.float64)
         slices = torch.arange(self.draws, device=p.device, dtype=torch.float64)
+        # One point in each slice. The last cumulative value is 1 only up to rounding.
         points = (slices + uniforms) / self.draws * cumulative[:, -1:]
+        # `right=True`: a token of probability 0 is never drawn.
         ids = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)
         return {"ids": ids.to(torch.int32), "entropy": torch.special.entr(p).sum(-1)}
 
@@ -95,8 +97,10 @@ class Sampled:
         ids = drawn["ids"]
         first = np.ones(ids.shape, dtype=bool)
         first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        # Every row begins with a first, so runs never cross from one token's draws to the next's.
         places = np.flatnonzero(first)
         counts = np.diff(places, append=ids.size)
+        # Counts go from 1 to 64, so count - 1 fits into 6 bits.
         entries = (ids.reshape(-1)[places].astype(np.uint32) << COUNT_BITS) | (counts - 1).astype(
             np.uint32
         )
@@ -110,6 +114,7 @@ class Sampled:
         """Return the tokens' estimated distributions, padded to the longest."""
         sizes = columns["sizes"].astype(np.int64)
         entries = _from_bytes(columns["entries"])
+        # (N, K) bool: which places of the padded table hold an entry
         there = np.arange(sizes.max(initial=1)) < sizes[:, None]
         ids, shares = np.zeros(there.shape, dtype=np.int64), np.zeros(there.shape, dtype=np.float32)
         ids[there] = entries >> COUNT_BITS
@@ -173,6 +178,7 @@ class TopK:
         ids = torch.from_numpy(_from_bytes(columns["ids"]).astype(np.int64).reshape(-1, self.k))
         p = torch.from_numpy(columns["probabilities"].astype(np.float32).reshape(-1, self.k))
         residual = torch.from_numpy(columns["residual"].copy())
+        # Probabilities that do not sum to 1 would pull the student's sum away from 1, too.
         p = p * ((1 - residual) / p.sum(-1).clamp_min(torch.finfo(p.dtype).tiny))[:, None]
         entropy = torch.special.entr(p).sum(-1) + torch.special.entr(residual)
         return Sparse(ids, p, entropy, residual)

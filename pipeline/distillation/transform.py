@@ -102,6 +102,7 @@ def readings(config: Any) -> Iterator[Transform]:
         config: Of a model; the part that is about text is read.
     """
     text = config.get_text_config()
+    # One list of possible factors a setting; their product is taken in every combination below.
     scales = [_numbers(text, name, inverse=name in DIVISORS) for name in (*MULTIPLIERS, *DIVISORS)]
     base = _number(text, "dim_model_base")  # MiniCPM: the width that its learning rate was found at
     if base is not None:
@@ -170,6 +171,7 @@ def _proven(model: Any, inputs: dict[str, Tensor]) -> Transform | str:
         or weight.shape[1] != hidden.shape[-1]
     ):
         return "it has no output layer whose weights are (vocabulary, hidden size)"
+    # Without the bias: amplifying hidden states amplifies the product alone.
     product = F.linear(hidden.to(weight.dtype), weight).float()
     bias = getattr(layer, "bias", None)
     added = 0.0 if bias is None else bias.float()
@@ -183,6 +185,7 @@ def _proven(model: Any, inputs: dict[str, Tensor]) -> Transform | str:
     for each in given:
         ours = [each.logits(factor * product + added)[..., :columns] for factor in factors]
         if all(near(mine, other, allowed) for mine, other in zip(ours, theirs, strict=True)):
+            # Such parameters would get no gradient from the fused head.
             if _trains_more(model, body, inputs, layer):
                 return "it has parameters between its body and its logits"
             return each if columns == len(weight) else replace(each, columns=columns)
@@ -217,6 +220,7 @@ def _body_of(model: Any, inputs: dict[str, Tensor]) -> Any:
         ran: list[bool] = []
         if body is model:
             continue
+        # `ran=ran` binds the list of this round; a closure would see the last one.
         hook = body.register_forward_hook(
             lambda _, __, output, ran=ran: ran.append(
                 getattr(output, "last_hidden_state", None) is not None
@@ -226,6 +230,7 @@ def _body_of(model: Any, inputs: dict[str, Tensor]) -> Any:
             model(**copies(inputs), use_cache=False)
         finally:
             hook.remove()
+        # It ran exactly once and gave hidden states.
         if ran == [True]:
             return body
     return None
@@ -266,6 +271,7 @@ def _trains_more(model: Any, body: Any, inputs: dict[str, Tensor], layer: Any) -
     for each in more:
         each.requires_grad_()
     try:
+        # Detached states leave only parameters behind the body as a source of gradients.
         with torch.enable_grad(), _giving(body, Tensor.detach):
             logits = model(**copies(inputs), use_cache=False).logits
             if not logits.requires_grad:
@@ -285,6 +291,7 @@ def nothing_is_zero(model: Any) -> Generator[None]:
     seen in what it gives, and will be seen once it is trained.
     """
     zero: Sequence[Tensor] = [each for each in model.parameters() if _is_zero(each)]
+    # Its own generator: examining a model must not move the training's random numbers.
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for each in zero:
@@ -299,4 +306,5 @@ def nothing_is_zero(model: Any) -> Generator[None]:
 def _is_zero(parameter: Tensor) -> bool:
     if not parameter.is_floating_point() or not parameter.numel() or parameter.is_meta:
         return False
+    # The first element spares almost every parameter a pass over all of it.
     return not parameter.flatten()[0] and not parameter.any()

@@ -52,6 +52,7 @@ def terms_in_place(
     )
     if count:
         other = student if teacher is None else teacher
+        # The kernel steps through a row by adding 1 to its address.
         assert student.stride(1) == other.stride(1) == 1, "rows must be contiguous"
         _kernel[(count,)](
             student,
@@ -70,6 +71,8 @@ def terms_in_place(
             ours.cap or 0.0,
             theirs.scale,
             theirs.cap or 0.0,
+            # Constants of compilation: each combination is a kernel of its own without the
+            # branches.
             KIND=-1 if teacher is None else KINDS[loss.divergence],
             AT_ONE=loss.temperature == 1,
             OURS=_kind_of(ours),
@@ -139,6 +142,7 @@ def _logits(product, inside, scale, cap, DONE: tl.constexpr):
     if DONE > 0:
         logits = product * scale
     if DONE > 1:
+        # tanh by an exponential that cannot overflow
         share = tl.exp(-2.0 * tl.abs(logits) / cap)
         size = cap * (1.0 - share) / (1.0 + share)
         logits = tl.where(logits < 0.0, -size, size)
@@ -152,6 +156,7 @@ def _slope_of_logits(product, scale, cap, DONE: tl.constexpr):
     if DONE > 0:
         slope = slope * scale
     if DONE > 1:
+        # 1 - tanh^2 without cancellation, as in `Transform.slope`
         share = tl.exp(-2.0 * tl.abs(product * scale) / cap)
         slope = slope * 4.0 * share / ((1.0 + share) * (1.0 + share))
     return slope
@@ -256,10 +261,12 @@ def _kernel(
     THEIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # 64 bits: rows times the vocabulary go beyond 2^31.
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
     label = tl.load(labels + row)
+    # The label's logit is read now, because the last pass overwrites the row.
     own = _logits(tl.load(student + label).to(tl.float32), True, scale, cap, OURS)
     top, total, total_q = float("-inf"), 0.0, 0.0
     top_p, total_p = float("-inf"), 0.0
@@ -289,6 +296,7 @@ def _kernel(
         if not AT_ONE:
             log_total_q = tl.log(total_q)
 
+    # Second pass: the value of D, and sum(q g), which every entry of the gradient needs.
     value, mean = 0.0, 0.0
     if KIND > 0:
         for start in range(0, vocabulary, BLOCK):
@@ -301,6 +309,7 @@ def _kernel(
             value += tl.sum(tl.where(inside, _value(q, p, log_q, log_p, share, KIND), 0.0), 0)
             mean += tl.sum(tl.where(inside, q * _slope(q, p, log_q, log_p, share, KIND), 0.0), 0)
 
+    # Last pass, over all columns: those beyond the shared vocabulary are set to 0.
     weight = (1.0 - ce_weight) * temperature
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -347,6 +356,7 @@ def _sparse_kernel(
     OURS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # As in `_kernel`.
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     label = tl.load(labels + row)
@@ -357,6 +367,7 @@ def _sparse_kernel(
     )
     given = p > 0.0  # what pads a row has no probability, and may name a token twice
     at_entry = tl.load(ids + row * ENTRIES + entry, mask=entry < ENTRIES, other=0)
+    # Read before the row is overwritten: the entries' gradient is written last, from these.
     product_entry = tl.load(student + at_entry, mask=given, other=0.0).to(tl.float32)
     top, total, total_q = float("-inf"), 0.0, 0.0
     for start in range(0, vocabulary, BLOCK):
@@ -376,6 +387,7 @@ def _sparse_kernel(
     log_q_entry = z_entry / temperature - log_total_q
     tl.store(divergence_out + row, -tl.sum(tl.where(given, p * log_q_entry, 0.0), 0))
 
+    # The whole row as if no token were an entry (p = 0); the entries are put right afterwards.
     weight = (1.0 - ce_weight) * temperature
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)

@@ -95,6 +95,7 @@ def check_policy(run: Run) -> None:
             f"{policy.name} asks for nothing in {run.task.value}",
             "name a metric or a saving",
         )
+    # Both are part of the policy, and so of the key that looks are counted by.
     if run.serving.load != policy.load or run.serving.blocks != policy.blocks:
         raise UserError(
             "serving",
@@ -131,6 +132,7 @@ def _check_metric(key: str, rule: MetricRule) -> None:
             f"{rule.margin} is no margin",
             "give a number of at least 0",
         )
+    # Metrics of lm-eval tasks are taken as "higher is better".
     way = 1 if key.startswith(TASK) else DIRECTION[key]
     if rule.direction is not None and (rule.direction is Direction.higher) != (way > 0):
         right = Direction.higher if way > 0 else Direction.lower

@@ -45,6 +45,7 @@ def history_of(
             found = read_verdicts(uri, model=own.model)
         except UserError as error:
             why = str(error)
+    # The store may have this verdict already.
     earlier = [each for each in found if each.run != own.run]
     return {"model": own.model, **as_json(count_once([*earlier, own]), last), "why": why}
 
@@ -67,6 +68,7 @@ def of_verdict(verdict: Judgement) -> Judged:
     return Judged(
         created=verdict["created"],
         run=verdict["run_id"],
+        # Releases of one model share the baseline's name; a candidate need not be registered.
         model=(baseline or {}).get("model") or candidate["model"],
         verdict=verdict["verdict"],
         key=verdict["key"],

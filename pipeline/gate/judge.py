@@ -118,6 +118,7 @@ def _verdict(
     readings: Readings,
 ) -> Verdict:
     task = measured.run.task
+    # Making the first champion was asked for, so it ends well.
     first = measured.run.bootstrap and gate.baseline is None
     verdict: Verdict = {
         "schema": SCHEMA,
@@ -178,6 +179,7 @@ def _readings(served: ServePass | None, gate: Gate) -> Readings:
     before = None if gate.earlier is None else gate.earlier["readings"]
     arm, base = (side.tolist() for side in served.seconds[CANDIDATE, BASELINE])
     joined: Readings = {
+        # A second look reads all blocks, its own and those of the first.
         "candidate_s": [*([] if before is None else before["candidate_s"]), *arm],
         "baseline_s": [*([] if before is None else before["baseline_s"]), *base],
         "conditions": [*([] if before is None else before["conditions"]), served.conditions],
@@ -221,6 +223,7 @@ def _moved(gate: Gate, readings: Readings) -> list[str]:
     """Return what moved the readings of any look beside candidate and baseline."""
     found, start = list[str](), 0
     for number, look in enumerate(readings.get("blocks", []), start=1):
+        # Each look is tested by itself: between looks the machine may have changed.
         blocks = slice(start, start := start + len(look["orders"]))
         sides = readings["candidate_s"][blocks], readings["baseline_s"][blocks]
         found += [
@@ -267,6 +270,7 @@ def _quality(measured: Measured, gate: Gate, rows: Rows) -> list[Criterion]:
                 key, arm, base, gate.policy, margin=margin, resamples=run.quality.bootstrap
             )
             if not key.startswith(TASK) and not (run.candidate_items and run.baseline_items):
+                # How many documents there are, for the advice to take more of them.
                 made = replace(made, available=num_documents(test, grouped=made.groups is not None))
         found.append(replace(invalid(made, reasons), gating=key in asked))
     return found
@@ -338,6 +342,7 @@ def _same_values(run: Run) -> bool:
 
 def _costs(measured: Measured, gate: Gate, rows: Rows, readings: Readings) -> list[Criterion]:
     policy, serving = gate.policy, {arm: rows[arm]["serving"] for arm in (CANDIDATE, BASELINE)}
+    # Spent over all planned looks, whether the second one is taken or not.
     alpha = look_alpha(policy.alpha, policy.looks)
     reasons = [
         *_disturbed(measured, gate, readings),
@@ -351,6 +356,7 @@ def _costs(measured: Measured, gate: Gate, rows: Rows, readings: Readings) -> li
         (_value(serving[arm], "peak_bytes"), _value(serving[arm], "weights_bytes"))
         for arm in serving
     ]
+    # Peak memory on both sides, or weights on both.
     counted = all(peak.value is not None for peak, _ in figures)
     memory = memory_criterion(
         *(each[0 if counted else 1] for each in figures),
@@ -375,6 +381,7 @@ def _costs(measured: Measured, gate: Gate, rows: Rows, readings: Readings) -> li
         _kept(gate, invalid(served, reasons)),
         memory,
         *(
+            # A reading that is missing keeps its own reason.
             _kept(gate, invalid(each, reasons) if each.value.value is not None else each)
             for each in energy
         ),
@@ -487,6 +494,7 @@ def _chains(gate: Gate) -> tuple[Value, Value]:
     arm, base = (
         savings.c_total(side, spends, cancelled=cancelled) for side in (CANDIDATE, BASELINE)
     )
+    # A share of nothing is no saving.
     return arm, base if base.value != 0 else null("the baseline cost nothing")
 
 
@@ -534,6 +542,7 @@ def _payback(
     c_base = (
         null(per_unit.why_missing or "")
         if per_unit.value is None
+        # Per 1,000 units to per unit
         else Value(per_unit.value / 1000, per_unit.provenance)
     )
     paid = savings.payback(

@@ -76,6 +76,8 @@ class Gate:
             self.earlier["verdict"] == Outcome.INCONCLUSIVE
             and self.earlier["look"] < self.policy.looks
         )
+        # A second look adds blocks of serving. What rests on documents or training would read the
+        # same.
         return None if again and {"serving", "energy", "payback"} & set(undecided) else self.earlier
 
     def releases(self) -> dict[str, Release]:
@@ -180,6 +182,7 @@ def identify(
         decode=decode,
         task=run.task,
     )
+    # Both places: a second machine, or a cleared store, gives no further look.
     found = [recall(gate.places.store, gate.key)]
     if run.tracking.mlflow:
         from pipeline.tracking.registry import find_verdict

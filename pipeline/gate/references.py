@@ -132,6 +132,7 @@ def resolve(reference: str, key: str, places: Places) -> Release | None:
 def _resolve(reference: str, key: str, places: Places) -> Release | None:
     if reference.startswith("models:"):
         return _registered(reference, key, places)
+    # As MLflow writes it
     name = reference.removeprefix("runs:/")
     if name == "latest" or (
         _RUN.fullmatch(name) and (places.root / "runs" / name / "result.json").is_file()
@@ -139,6 +140,7 @@ def _resolve(reference: str, key: str, places: Places) -> Release | None:
         return _of_run(
             places.root / ("latest" if name == "latest" else f"runs/{name}"), reference, key, places
         )
+    # MLflow's run ids have the form of our digests: `_by_number` tells them apart.
     if _HEX.fullmatch(name):
         return _by_number(name, reference, key, places)
     folder = Path(reference).expanduser()
@@ -179,6 +181,7 @@ def take(folder: Path, key: str, store: Store) -> Artifact:
             bring(path, out / path.name)
         artifact = store.commit(out, "model", facts)
     known = facts_of(artifact.path)
+    # The same bytes may have been in the store before, without these facts.
     for topic, said in facts.items():
         if topic not in known:
             store.annotate(artifact, topic, said)
@@ -318,10 +321,12 @@ def _fetch(
         return take(Path(path), key, places.store)
     # without a login, which store.url may have
     noted = url.removesuffix(f"/{digest}") if url else None
+    # Once each, where both are the same place.
     for place in dict.fromkeys(each for each in (places.url, noted) if each):
         try:
             return download(place, digest, places.store, key=key)
         except UserError:
+            # The last place to ask: its refusal is the answer.
             if place == noted or noted is None:
                 raise
     where = "" if path is None else f" (it was made at {path})"

@@ -52,6 +52,7 @@ def unmeasured(what: str, why: str) -> str:
 
 def reason(error: BaseException) -> str:
     """Return an exception in a line: its type, and what it says first."""
+    # Only the first line: libraries add whole tracebacks of their own to a message.
     said = (str(error).strip().splitlines() or [""])[0]
     name = type(error).__name__
     return one_line(f"{name}: {said}" if said else name, REASON)

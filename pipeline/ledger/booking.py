@@ -146,10 +146,12 @@ def book(windows: Iterable[Window], spans: Mapping[int, Span]) -> Booking:
         if window.arm is not None:
             key = window.arm, window.seed
             arms[key] = _add(arms.get(key, ArmTime()), window, spans[window.attempt].devices)
+    # Counted whole, however it ended: no arm is there to book a part of it as retry.
     compare_ns = sum(
         w.elapsed_ns * spans[w.attempt].devices for w in windows if w.kind == "compare"
     )
     attached_ns = sum(span.device_ns for span in spans.values())
+    # What is left over, not measured: so the accounts add up exactly.
     overhead_ns = attached_ns - compare_ns - sum(time.total_ns for time in arms.values())
     assert overhead_ns >= 0, overhead_ns
     return Booking(arms, compare_ns, overhead_ns, attached_ns)
@@ -160,6 +162,7 @@ def _check_disjoint(windows: list[Window], span: Span) -> None:
     booked twice.
     """
     before = span.start_ns
+    # In order of time, each may begin only where the one before it ended.
     for window in sorted(windows, key=lambda window: (window.start_ns, window.end_ns)):
         assert before <= window.start_ns <= window.end_ns <= span.end_ns, (window, span)
         assert 0 <= window.kept_ns <= window.elapsed_ns, window

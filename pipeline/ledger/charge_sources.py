@@ -154,6 +154,7 @@ def journal_facts(events: Sequence[Event], run: RunTotals | None = None) -> RunF
         events: Of the journal; the first one starts the run.
         run: The totals of a run that is about to end; None: as the journal has them.
     """
+    # The newest attempt: its rate may be another than the first one's.
     start = [event for event in events if event["e"] == "run_start"][-1]
     params, tags = start["params"], start["tags"]
     owner = {**_owner(tags), "model_name": params.get("model.name"), "recipe": start["recipe"]}
@@ -164,6 +165,7 @@ def journal_facts(events: Sequence[Event], run: RunTotals | None = None) -> RunF
         (seen or [start.get("environment", {}).get("device")])[-1],
         params.get("cost.currency"),
     )
+    # A later line of the same row replaces the earlier one.
     rows = {_label(event["row"]): event for event in events if event["e"] == "row"}
     stages = (
         _journal_stage(start["run_id"], what, event, owner, device, currency)
@@ -255,6 +257,7 @@ def spans(events: Iterable[Event], before: Iterable[Sequence[int]] = ()) -> list
         elif found:
             if event["e"] == "devices":  # a metered command appeared on them
                 found[-1][2] = len(event["used"]["ids"])
+            # The last sign of life bounds what a killed attempt is charged with.
             found[-1][1] = max(found[-1][1], event["mono_ns"])
     return found
 

@@ -106,6 +106,7 @@ def charges(run: RunFacts) -> list[Charge]:
     parts: dict[Outside, float] = {
         name: min(hours, rest_h) for name, hours in run.outside_h.items()
     }
+    # A run without an end has no overhead or comparison pass on record yet.
     parts = parts or {"open": rest_h}
     if "overhead" in parts:  # takes the rounding, so that the sum is exact
         parts["overhead"] = max(
@@ -145,6 +146,7 @@ def _outside(run: RunFacts, what: Outside, hours: float) -> Charge:
     """
     spent = [stage for stage in run.stages if stage.device_h > 0]
     on_gpu = any(stage.gpu_h is not None for stage in spent)
+    # The scheduler held idle devices in these hours as well, in the same proportion.
     held = _ratio(spent)
     device = run.device or next((stage.device for stage in spent if stage.device), None)
     allocated = None if held is None else hours * held

@@ -69,6 +69,8 @@ def per_converged_model(runs: Iterable[RunFacts], target: float | None) -> Conve
         return _not_yet(_how_far(assessed, target))
     first = min(reached, key=lambda charge: charge.ended_s)
     counted = [charge for charge in found if _counts(charge, first, _outermost(first.run, runs))]
+    # Hours taken over from runs that are not among these: from runs under another name. Each stage
+    # counts once, however many runs took it over.
     taken = {
         (charge.reused_from, charge.what): charge
         for charge in counted
@@ -91,6 +93,7 @@ def _counts(charge: Charge, first: Charge, holder: str) -> bool:
 def _outermost(run: str, runs: Iterable[RunFacts]) -> str:
     """Return the metered run whose seconds a run's are, if there is one, else the run itself."""
     inside = {each.run: each.nested_in for each in runs}
+    # A meter may run inside a meter.
     while (outer := inside.get(run)) is not None and outer in inside:
         run = outer
     return run

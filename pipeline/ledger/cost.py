@@ -1,10 +1,13 @@
 """Money: a declared rate times the hours it is owed for, and never more than what somebody
 declared.
 
-| what is declared | what is charged | |---|---| | nothing | null; hours are shown all the same | |
-`cost=rented`: rate, currency, source, date | rate x hours. The rate has power and cooling in it:
-neither is added | | `cost=owned`: a price per owned device-hour | the same, and power by its price
-and a PUE where declared |
+What is charged follows from what is declared:
+
+- Nothing: null. Hours are shown all the same.
+- `cost=rented` (rate, currency, source, date): rate x hours. The rate has power and cooling in it,
+  so neither is added.
+- `cost=owned` (a price per owned device-hour): the same, and power by its price and a PUE where
+  both are declared.
 
 Hours are what the scheduler held for the job (`gpu_hours.allocated`). Where nobody granted anything
 they are those the job was attached for: a lower bound, since a device may have been held for
@@ -75,7 +78,9 @@ def _amount(device_hours: float, cost: CostConfig, allocated: Value, energy_j: V
     if cost.energy_price_per_kwh is None:
         return amount
     power = _times(
-        declared(cost.energy_price_per_kwh / JOULES_PER_KWH), facility_energy(energy_j, cost)
+        # Per joule, because energy is in joules.
+        declared(cost.energy_price_per_kwh / JOULES_PER_KWH),
+        facility_energy(energy_j, cost),
     )
     if power.value is None:  # what is known of it
         return estimated(amount.value or 0.0)

@@ -110,6 +110,7 @@ def of_device(
 
 def mean(parts: Sequence[tuple[Value, float]]) -> Value:
     """Return the mean of shares weighted by hours; null where one that weighs anything is."""
+    # A stage that took no time has no share, known or not.
     known = [(value, hours) for value, hours in parts if hours > 0]
     if not known:
         return null("no time was measured")

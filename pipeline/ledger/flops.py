@@ -81,6 +81,7 @@ class FlopsPerSequence:
         The head reads one position in each; a new token attends to all before it and to itself.
         """
         read = prompt + new - 1
+        # Query-key pairs: the prompt against itself, then new tokens against 1 more each time.
         pairs = prompt**2 + (read * (read + 1) - prompt * (prompt + 1)) // 2
         return self.constant + self.linear * read + self.square * pairs + self.predicted * new
 
@@ -107,6 +108,7 @@ def count_flops(source: PreTrainedConfig | Any, task: Task, *, backward: bool) -
     twin = _twin(source, task)
     head = _head(twin) if task.kind.is_language else None
     mask = _mask_that_works(twin)
+    # With one predicted position each; a fourth count with two gives the head's part by itself.
     counts = [_count_once(twin, length, head, 1, mask, backward=backward) for length in POINTS]
     each = 0
     if head is not None:
@@ -133,8 +135,11 @@ def expert_shares(source: PreTrainedConfig | Any, task: Task) -> dict[str, float
         held = {
             f"{prefix}.{name}": each
             for name, each in module.named_parameters(recurse=False)
+            # Experts of a layer lie in one tensor (experts, in, out); the ndim of a plain weight is
+            # 2.
             if each.ndim == 3
         }
+        # A convolution over one dimension has weights of three dimensions, too.
         if held and not isinstance(module, torch.nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
             noted = _noting(held, shares)
             handles.append(module.register_forward_pre_hook(noted, with_kwargs=True))
@@ -255,6 +260,7 @@ def _fresh(config: PreTrainedConfig, task: Task) -> Any:
     import transformers
 
     config = copy.deepcopy(config)
+    # How weights are stored changes no product: the twin is unquantized.
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     with torch.device("meta"):
@@ -267,6 +273,8 @@ def _copy(model: Any) -> Any:
     """
     import torch
 
+    # `deepcopy` takes what is in its memo for already copied, so no weight is copied at all. Tied
+    # weights have one id, and so stay tied.
     memo: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and _is_quantized(module):
@@ -346,6 +354,7 @@ def _mask_that_works(twin: Any) -> str:
         (name for name in forms if attempted(lambda name=name: takes(name), lambda _: False)), None
     )
     if found is None:
+        # Run outside of `attempted`, so that its own error reaches the caller.
         takes(forms[0])
         raise AssertionError("it ran the second time")
     return found
@@ -369,12 +378,14 @@ def _count_once(
     inputs = _inputs(length, mask)
     keep = None
     if head is not None:
+        # As in training, where the head sees predicted positions only.
         keep = head.register_forward_pre_hook(
             lambda _, args: (args[0][:, :num_predicted], *args[1:])
         )
     try:
         with _counting() as counted, torch.set_grad_enabled(backward):
             logits = twin(**inputs, **_no_cache(twin)).logits
+            # A model that is frozen throughout has no backward pass.
             if backward and logits.requires_grad:
                 logits.sum().backward()
     finally:
@@ -418,6 +429,7 @@ def _fit(counts: list[int], each: int) -> FlopsPerSequence:
     """Solve for the polynomial through the three counts, exactly; `each` is the head's part per
     position.
     """
+    # Newton's divided differences, in fractions: no rounding in a count of operations.
     (x0, x1, x2), (y0, y1, y2) = map(Fraction, POINTS), map(Fraction, counts)
     first, second = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     square = (second - first) / (x2 - x0)

@@ -88,6 +88,7 @@ class Reporter:
 
     def __init__(self, folder: Path, *, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._lock = threading.RLock()  # a signal's handler may mark a phase inside one
+        # Apart from `_lock`, so that a slow disk does not hold up the phases of the program.
         self._writing = threading.Lock()
         self._clock = PhaseClock(now_ns)
         self._pid = os.getpid()
@@ -96,6 +97,8 @@ class Reporter:
         self._warned = False
         self._start_ns = self._read()[1]
         host = "".join(c if c.isalnum() or c in "-." else "_" for c in os.uname().nodename)
+        # The start in the name keeps processes apart that were given the same pid one after the
+        # other.
         self._file = folder / RANKS / f"{host}-{self._pid}-{self._start_ns}.json"
         self._done = threading.Event()
         self._fixed = {
@@ -152,6 +155,7 @@ class Reporter:
                 }
             try:
                 temporary.write_text(json.dumps(content), encoding="utf-8")
+                # A reader sees the old file or the new one, never half of one.
                 temporary.replace(self._file)
             except OSError as error:
                 self._warn(f"phases cannot be written to {self._file} ({error.strerror})")
@@ -159,6 +163,7 @@ class Reporter:
     def close(self) -> None:
         """Write the last state; a forked process leaves its parent's file alone."""
         if os.getpid() == self._pid:
+            # Before the last flush: the thread writes nothing after it.
             self._done.set()
             self.flush(ended=True)
 
@@ -167,6 +172,7 @@ class Reporter:
         difference exactly.
         """
         now_ns, phases_ns = self._clock.mark()
+        # Self times add up to the wall time, so the beginning follows from them.
         return now_ns, now_ns - sum(phases_ns.values()), phases_ns
 
     def _keep_flushing(self) -> None:

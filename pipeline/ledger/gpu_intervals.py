@@ -82,15 +82,18 @@ class Interval:
 
 def between(before: Reading, after: Reading, *, edge: bool) -> Interval:
     """Return what happened between two readings; shares and clocks are those read at its end."""
+    # Shares are read at the end alone, so the reading before them may lack them.
     missing = {name: why for name, why in before.missing.items() if name not in SHARES} | dict(
         after.missing
     )
     seconds = (after.at_ns - before.at_ns) / 1e9
     counter = None
     if before.energy_mj is not None and after.energy_mj is not None:
+        # Millijoules to joules
         counter = (after.energy_mj - before.energy_mj) / 1000
     integral = None
     if before.power_w is not None and after.power_w is not None:
+        # Trapezoid rule
         integral = (before.power_w + after.power_w) / 2 * seconds
     reasons = after.throttle
     return Interval(
@@ -126,6 +129,7 @@ def thinned(own: list[Interval]) -> list[Interval]:
     result: list[Interval] = []
     for each in own:
         before = result[-1] if result else None
+        # A pair that was just merged is longer than its neighbour: it is not merged again.
         if before is not None and not before.edge and before.elapsed_ns <= each.elapsed_ns:
             result[-1] = _merged(before, each)
         else:

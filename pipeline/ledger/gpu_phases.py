@@ -79,6 +79,7 @@ class GpuPhases:
             )
 
     def _resolve(self) -> None:
+        # The phase of an event ends at the next one: both have to be passed.
         while len(self._pending) > 1 and self._pending[1][0].query():
             event, phase = self._pending.popleft()
             self._ms[phase] = self._ms.get(phase, 0.0) + event.elapsed_time(self._pending[0][0])

@@ -115,12 +115,14 @@ class Sampler:
                 uuid: [
                     each
                     for each in own
+                    # By its middle, an interval belongs to one window at most.
                     if any(start <= each.middle_ns <= end for start, end in windows)
                 ]
                 for uuid, own in self._intervals.items()
             }
         for uuid, own in inside.items():
             read_ns = sum(each.elapsed_ns for each in own)
+            # A part that was read is not shown as if it were the whole.
             if whole_ns - read_ns > max(UNREAD_SHARE * whole_ns, UNREAD_NS):
                 return unread(f"{uuid} was read in {read_ns / whole_ns:.0%} of the window only")
         return summed(list(inside.items()), whole_ns)

@@ -166,6 +166,7 @@ def parse(raw: Mapping[str, Any]) -> Trace:
             of_device.append(Activity(*_span(event), kind, launched.get(args.get("correlation"))))
         elif category == "user_annotation":
             span, name = _span(event), str(event["name"])
+            # Marks of one name may be nested: the outermost is the step's.
             annotations[name] = max(
                 span, annotations.get(name, span), key=lambda found: found.end_ns - found.start_ns
             )
@@ -227,6 +228,7 @@ def step_window(trace: Trace, name: str, device: int) -> Span:
         for each in trace.activities.get(device, ())
         if each.launched_ns is not None
     ]
+    # What was asked for before the step began delays it on the device.
     earlier = (end_ns for launched_ns, end_ns in known if launched_ns < host.start_ns)
     own = (end_ns for launched_ns, end_ns in known if host.start_ns <= launched_ns < host.end_ns)
     window = Span(max((host.start_ns, *earlier)), max((host.end_ns, *own)))
@@ -258,11 +260,13 @@ def by_device(trace: Trace, name: str) -> dict[int, Classes]:
 
 def _segments(activities: Iterable[Activity], window: Span) -> Iterable[tuple[Span, int | None]]:
     """Cut a window into stretches of one kind each; None is idle."""
+    # A sweep over starts and ends: (time, kind, +1 or -1)
     edges: list[tuple[int, int, int]] = []
     for each in activities:
         start_ns, end_ns = max(each.start_ns, window.start_ns), min(each.end_ns, window.end_ns)
         if start_ns < end_ns:
             edges += [(start_ns, each.kind, 1), (end_ns, each.kind, -1)]
+    # How many activities of each kind run now
     running, since = [0, 0, 0], window.start_ns
     for at, kind, change in sorted(edges):
         if at > since:
@@ -274,6 +278,7 @@ def _segments(activities: Iterable[Activity], window: Span) -> Iterable[tuple[Sp
 
 
 def _kind(running: Sequence[int]) -> int | None:
+    # In the order of the constants: computing hides communication, which hides copies.
     return next((kind for kind, count in enumerate(running) if count), None)
 
 
@@ -285,6 +290,7 @@ def _causes(
     """
     at = gap.start_ns
     while at < gap.end_ns:
+        # The first activity that starts after this moment
         following = bisect_right(starts, at)
         if following == len(starts):
             yield "idle_other_ns", gap.end_ns - at
@@ -293,6 +299,7 @@ def _causes(
         if launched_ns is None:
             yield "idle_other_ns", end_ns - at
         else:
+            # Clipped to the gap: a launch before it leaves no host_wait.
             asked_ns = min(max(at, launched_ns), end_ns)
             yield "idle_host_wait_ns", asked_ns - at
             yield "idle_launch_gap_ns", end_ns - asked_ns

@@ -158,6 +158,8 @@ def _energy(own: _Own, seconds: float) -> _Energy:
         if any(each.was_reset for each in intervals)
     ]
     counter, integral = result.counter.value, result.integral.value
+    # NVML's power is the mean of the last second on some boards: at the edges of a short window it
+    # speaks of the time before.
     lags = (
         any(each.power_is_mean for _, intervals in own for each in intervals)
         and seconds < LAGGING_S
@@ -175,6 +177,7 @@ def _counter(uuid: str, intervals: list[Interval], seconds: float) -> Value:
     joules = total(each.counter_j for each in intervals)
     if joules is None:
         return null(_why(uuid, intervals, "energy_mj"))
+    # A negative step is no energy: what was drawn around the reset is lost.
     if any(each.was_reset for each in intervals):
         return null(f"{uuid}: the energy counter was reset during the window")
     if seconds < SHORTEST_S:

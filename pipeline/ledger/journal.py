@@ -31,6 +31,7 @@ class Journal:
 
     def __init__(self, path: Path, *, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._now_ns = now_ns
+        # With O_APPEND two processes cannot write over each other's lines.
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._lock = threading.Lock()
         self._torn = _is_torn(path)
@@ -41,6 +42,7 @@ class Journal:
         with self._lock:  # stamped inside: the last line is the latest, whoever waited for whom
             line = {"e": event, "t": time.time(), "mono_ns": self._now_ns(), **fields}
             self._append(_sealed(json.dumps(line, ensure_ascii=False, allow_nan=False).encode()))
+            # Losing some points of a curve costs nothing; waiting for the disk at each step would.
             if event != "points":
                 os.fsync(self._file)
 
@@ -49,8 +51,10 @@ class Journal:
         reading skips.
         """
         rest = b"\n" + line if self._torn else line
+        # Until the whole line is written: an error in between leaves it torn.
         self._torn = True
         while rest:
+            # `os.write` may write a part only.
             rest = rest[os.write(self._file, rest) :]
         self._torn = False
 

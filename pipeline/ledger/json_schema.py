@@ -62,7 +62,9 @@ def _choice(value: Any, schema: Schema, _: Schema, at: str) -> str | None:
         schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else None
     )
     if allowed is None or any(
-        value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed
+        # In Python `True == 1`, in JSON it is not.
+        value == each and isinstance(value, bool) == isinstance(each, bool)
+        for each in allowed
     ):
         return None
     return f"{at} is {str(value)[:40]!r}"

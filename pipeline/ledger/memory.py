@@ -74,6 +74,7 @@ class MemoryMeter:
 
     def _reset_host(self) -> str | None:
         try:
+            # Without this the peak would be that of the whole process, earlier stages included.
             (self._proc / "clear_refs").write_text(RESET_PEAK)
         except OSError as error:
             return f"the process's peak cannot be set back to one stage's ({error.strerror})"

@@ -18,6 +18,7 @@ def significant(x: float, digits: int = 3) -> str:
     """
     if x == 0:
         return "0"
+    # Rounded first: 9.996 is 10.0 with three digits, which has another size.
     size = math.floor(math.log10(abs(float(f"{x:.{digits - 1}e}"))))
     if size < -4:
         return f"{x:.{digits - 1}e}"
@@ -63,6 +64,7 @@ def percent(fraction: float, *, sign: bool = False) -> str:
     """
     x = 100 * fraction
     decimals = 0 if abs(x) >= 99.95 else 1 if abs(x) >= 0.995 else 2
+    # 99.996% never reads as 100%.
     while abs(x) < 100 and round(abs(x), decimals) >= 100 and decimals < 6:
         decimals += 1
     return _signed(x, decimals, sign) + "%"

@@ -97,6 +97,7 @@ def load_between(before: Accounts | str, after: Accounts | str) -> Load:
     if elapsed_s <= 0:
         return Load(why="no time passed")
     busy_s, own_s = after.busy_s - before.busy_s, max(0.0, after.own_s - before.own_s)
+    # Impossible unless the accounts are of other processors than those that we ran on.
     if own_s > busy_s * (1 + SLACK) + SLACK_S:
         return Load(
             elapsed_s=elapsed_s,
@@ -114,6 +115,7 @@ def load_between(before: Accounts | str, after: Accounts | str) -> Load:
 def _taken(others: float, accounts: Accounts) -> float:
     """Return the share of what we may use that is gone, where others keep `others` cores busy."""
     ours = accounts.cores if accounts.quota is None else min(accounts.quota, accounts.cores)
+    # Others may use what our quota leaves without taking anything from us.
     return _share((others - (accounts.cores - ours)) / ours)
 
 
@@ -183,6 +185,7 @@ def accounts() -> Accounts:
 
     usable = _usable()
     every = psutil.cpu_times(percpu=True)
+    # All processors where none of those numbers is listed.
     mine = [each for number, each in enumerate(every) if number in usable] or every
     quota, periods, used_up = _quota()
     return Accounts(
@@ -231,10 +234,13 @@ class _Tree:
         found: dict[tuple[int, float], float] = {}
         for process in (me, *me.children(recursive=True), *self._orphans()):
             try:  # user and system, and those of its children that it has waited for
+                # A pid is given again; with its time of start it is unique.
                 found[process.pid, process.create_time()] = sum(process.cpu_times()[:4])
             except psutil.Error:  # it has just ended: among its parent's children now
                 continue
         before = sum(self.known.values())
+        # A process that ended before its parent waited for it takes its seconds out of the sum for
+        # a moment: never count backwards.
         self.worked += max(0.0, sum(found.values()) - before)
         self.known = found
         return self.worked

@@ -28,11 +28,13 @@ class PhaseClock:
     def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self.now_ns = now_ns
         self.observer: Callable[[str], None] | None = None
+        # At the bottom, so that time outside any phase has a name as well.
         self._stack: list[str] = ["other"]
         self._since = now_ns()
         self._self_ns: dict[str, int] = {}
 
     def _book(self) -> None:
+        # One reading ends the old interval and begins the new one: no gap between them.
         now = self.now_ns()
         top = self._stack[-1]
         self._self_ns[top] = self._self_ns.get(top, 0) + now - self._since

@@ -50,6 +50,7 @@ def grant(environ: Mapping[str, str] = os.environ) -> Grant | None:
     whole = environ.get("SLURM_GPUS", "")
     on_node, nodes = environ.get("SLURM_GPUS_ON_NODE", ""), environ.get("SLURM_JOB_NUM_NODES", "1")
     if whole:
+        # "h200:8" or "8", several kinds separated by commas
         parts = [part.rpartition(":")[2] for part in whole.split(",")]
         gpus = sum(map(int, parts)) if all(part.isdigit() for part in parts) else None
     else:  # nodes of one job may differ: only a single one is known for sure

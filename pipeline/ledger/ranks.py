@@ -171,6 +171,7 @@ def _fill(lane: list[Life], start_ns: int, end_ns: int, last_ns: int) -> dict[st
     """Return the times of a lane with what no life covers; they sum to the command's elapsed
     time.
     """
+    # From this rank's end to that of the last one; what comes after is nobody's waiting.
     idle_ns = last_ns - lane[-1].end_ns
     unsaid_ns = end_ns - start_ns - idle_ns - sum(life.elapsed_ns for life in lane)
     return total(*(dict(life.phases_ns) for life in lane), {"other": unsaid_ns, IDLE: idle_ns})
@@ -200,6 +201,7 @@ def apportion(parts: Mapping[str, int], whole: int) -> dict[str, int]:
         return {"other": whole} if whole else {}
     shares = {name: divmod(part * whole, have) for name, part in parts.items()}
     left = whole - sum(quotient for quotient, _ in shares.values())
+    # Largest remainder method; names decide ties, so that the result is always the same.
     first = set(sorted(shares, key=lambda name: (-shares[name][1], name))[:left])
     scaled = {name: quotient + (name in first) for name, (quotient, _) in shares.items()}
     return {name: ns for name, ns in scaled.items() if ns}
@@ -213,6 +215,7 @@ def counts(lives: Iterable[Life]) -> dict[str, Value]:
     found = {name: _sum(lives, key) for name, key in _SUMMED.items()}
     if found["model_flops"].value is not None:
         found["model_flops"] = declared(found["model_flops"].value)  # the program's own statement
+    # Over restarts a rank's steps add up; ranks take the same steps, so the most counts.
     steps: dict[int, float] = {}
     for life in lives:
         if "steps" in life.counts:

@@ -77,6 +77,7 @@ def _phases(ledger: Measurements) -> list[str]:
         return []
     if wall is None or hours["wasted"]["value"] is None:
         return []
+    # Phases cover what was kept; they are of one device, as wall time is.
     kept_s = wall * (work + assess) / attached
     off_s = sum(ledger["phases_ns"].values()) / 1e9 - kept_s
     return [] if abs(off_s) <= CLOSE_S + 1e-9 * kept_s else [f"phases do not close: {off_s:+.6g} s"]

@@ -111,6 +111,7 @@ def ledger(
     wasted_by[spent.lost_as] += spent.lost_ns
     wasted = sum(wasted_by.values())
     productive = sum(ns for phase, ns in spent.phases_ns.items() if phase in PRODUCTIVE)
+    # The rest, so that the three classes add up to all of the time.
     support = total - wasted - productive
     parts: dict[HoursPart, int] = {
         "attached": total,
@@ -130,6 +131,7 @@ def ledger(
     )
     traced = gpu_timeline(timeline or {})
     in_steps_h = (seconds_in_steps or 0.0) * devices / 3600
+    # The trace speaks of steps only; outside of them nothing is known.
     busy_in_steps = derive(lambda share: share * in_steps_h, Value.from_json(traced["busy"]))
     gpu_hours = _gpu_hours(parts, devices, device_kind, usage, granted, busy_in_steps)
     record: Measurements = {

@@ -405,8 +405,10 @@ def why_damaged(record: Any, spec: Schema) -> str | None:
     """
     if not isinstance(record, dict):
         return "it is no object"
+    # Records of older releases have none.
     if CHECKSUM in record and record[CHECKSUM] != checksum(record):
         return "it does not have its checksum"
+    # The checksum is of the record as written, so it is compared before figures change their form.
     return why_not(from_schema_1(record), spec, _DEFS)
 
 
@@ -467,6 +469,7 @@ def sound_events(events: list[Event], path: Path) -> list[Event]:
     """
     found: list[Event] = []
     for event in events:
+        # First what every line has, then what its own kind has.
         why = why_not(event, _EVENT) or why_not(event, EVENTS.get(str(event["e"]), _EVENT), _DEFS)
         if why is None:
             found.append(event)

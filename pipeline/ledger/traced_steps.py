@@ -70,15 +70,19 @@ def sampled_steps(total: int, count: int, eval_every: int | None = None) -> tupl
         eval_every: Steps between evaluations. No step is sampled right after one, or the evaluation
             would be traced with its lead-in.
     """
+    # In a short training the warm-up takes half of the steps at most.
     first = min(WARM_UP + 1, total // 2 + 1)
     span = total - first + 1
     if total < 2 or count < 1:
         return ()
+    # Each takes two steps: its lead-in and itself.
     count = min(count, max(1, span // 2))
     numbers = (first + index * span // count for index in range(count))
     every = eval_every or total
     return tuple(
-        number + ((number - 1) % every == 0 and every > 1 and number < total) for number in numbers
+        # One later, where the step before it ends in an evaluation.
+        number + ((number - 1) % every == 0 and every > 1 and number < total)
+        for number in numbers
     )
 
 
@@ -266,6 +270,7 @@ def shrink(raw: Mapping[str, Any], limit_bytes: int) -> bytes | None:
         ]
         events = kept
         text = json.dumps({**head, "otherData": {"left_out": left_out}, "traceEvents": events})
+        # `mtime=0`: the same trace gives the same bytes.
         small = gzip.compress(text.encode(), mtime=0)
         if len(small) <= limit_bytes:
             return small

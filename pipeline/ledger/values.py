@@ -89,6 +89,7 @@ def derive(compute: Callable[..., float | int], *inputs: Value) -> Value:
     if missing is not None:
         assert missing.why_missing is not None
         return null(missing.why_missing)
+    # Later in the enumeration is worse.
     worst = max((Provenance.DERIVED, *(each.provenance for each in inputs)), key=_RANK.index)
     return Value(compute(*(each.value for each in inputs)), worst)
 

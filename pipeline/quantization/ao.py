@@ -164,7 +164,9 @@ def _scheme_with(fmt: Format, layers: Sequence[Layer]) -> Any:
         return scheme
     names = [f"{layer.name}.{part}" for layer in layers for part in layer.fused or ("weight",)]
     patterns = dict.fromkeys(
-        re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names
+        # `layers.3.mlp` becomes `layers\.\d+\.mlp`: a pattern a place, not a name a layer.
+        re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
+        for name in names
     )
     return FqnToConfig(OrderedDict((f"re:{pattern}", scheme) for pattern in patterns))
 
@@ -205,8 +207,10 @@ def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
     import torch
     from torchao.quantization import quantize_
 
+    # The layer's own weight is replaced at once.
     with torch.device("meta"):
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    # tinygemm's int4 takes bf16 alone.
     dtype = torch.bfloat16 if fmt is Format.int4_weight_only else weight.dtype
     layer.weight = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     quantize_(layer, _scheme(fmt))

@@ -324,6 +324,7 @@ def quantize(
         if prepare is None and not is_taken_in_part(config, task):
             made, reference, before = *convert(source, out), weights_bytes(source)
         else:
+            # Libraries quantize while they read a folder, so a changed model has to be one first.
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as name:
                 folder = Path(name)
                 _prepared(source, folder, prepare, task, device=device, key=key, clock=clock)
@@ -482,6 +483,7 @@ class _Conversion:
         layers = tuple(
             name for name, module in model.named_modules() if backend.is_quantized(module)
         )
+        # Libraries pass over layers in silence; shares and names in the artifact must be true.
         wrong = {layer.name for layer in self.plan.quantize} ^ set(layers)
         if wrong:
             raise StageFailed(

@@ -149,6 +149,7 @@ def load_quantized(
     if fmt in FOUR_BITS:
         recipe = {
             "load_in_4bit": True,
+            # `nf4` or `fp4`, with or without `_double`
             "bnb_4bit_quant_type": fmt.value[:3],
             "bnb_4bit_compute_dtype": rest_dtype,
             "bnb_4bit_use_double_quant": fmt in (Format.nf4_double, Format.fp4_double),
@@ -181,6 +182,7 @@ def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
     from bitsandbytes import functional
 
     if fmt is Format.int8:
+        # The library quantizes from fp16, so that is the rounding to repeat.
         rounded, scales, _ = functional.int8_vectorwise_quant(weight.half())
         return functional.int8_vectorwise_dequant(rounded, scales).to(weight.dtype)
     double = fmt in (Format.nf4_double, Format.fp4_double)

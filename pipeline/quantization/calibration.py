@@ -31,6 +31,7 @@ def calibration_documents(
             test split.
     """
     if stage.calibration is None:
+        # By digest: the same documents whatever the order of the file.
         return sorted(data.splits["train"], key=lambda document: document.digest)[
             : stage.calibration_documents
         ]

@@ -55,6 +55,7 @@ class LowRank(nn.Module):
         rows, columns = weight.shape
         self.scale = adapters.alpha / adapters.rank
         self.down = nn.Parameter(torch.empty(adapters.rank, columns, device=weight.device))
+        # Zero, so that training starts from the unchanged model.
         self.up = nn.Parameter(torch.zeros(rows, adapters.rank, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
@@ -107,6 +108,7 @@ def fake_quantize(
         if adapters is not None:
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, adapters))
         rounded = RoundedWeight(fmt, dtype, transposed=layer.transposed)
+        # After the adapters: what is rounded is their sum. `unsafe` skips torch's checks at registration.
         parametrize.register_parametrization(module, "weight", rounded, unsafe=True)
         if fmt in ACTIVATIONS:
             hooks.append(_round_inputs(module, ACTIVATIONS[fmt]))
@@ -116,6 +118,7 @@ def fake_quantize(
             hook.remove()
         for module in modules:
             own = module.parametrizations.weight
+            # With adapters, the weight merged with them, before it is rounded.
             trained = own.original if adapters is None else own[0](own.original).detach()
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             module.weight.data = trained.data
@@ -134,6 +137,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:  # pyright: ignore
+        # A copy, because autograd takes an input that is returned for a view of it.
         return rounded.to(value.dtype, copy=True)
 
     @staticmethod
@@ -148,6 +152,7 @@ def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
 
 def int8_by_token(inputs: Tensor) -> Tensor:
     """Round (..., in) to 8-bit integers with a scale for each token, as torchao does."""
+    # (..., 1): one a token
     scale = inputs.abs().amax(-1, keepdim=True).float().clamp_min(1e-5) / INT8_HALF_RANGE
     return ((inputs / scale).round().clamp(-128, 127) * scale).to(inputs.dtype)
 
@@ -161,6 +166,7 @@ def int8_but_outliers(inputs: Tensor) -> Tensor:
     """
     if not rounds_inputs(inputs.device.type):
         return inputs
+    # (tokens, in)
     flat = inputs.flatten(0, -2)
     halves = flat.half()
     outliers = halves.abs() >= OUTLIER
@@ -187,6 +193,7 @@ def rounds_inputs(device: str) -> bool:
     layer.load_state_dict({"weight": weight})
     with torch.no_grad():
         served = layer.to(device).eval()(inputs.half()).float()
+    # Rounded weights, unrounded inputs: what the library gives where it leaves inputs alone.
     as_it_is = inputs.half().float() @ backend_of(Format.int8).round_trip(weight, Format.int8).T
     return bool((served - as_it_is).norm() > INT8_NOISE * as_it_is.norm())
 

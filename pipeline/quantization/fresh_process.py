@@ -31,6 +31,7 @@ def forward_digests(model: Any, probes: Sequence[Sequence[int]]) -> list[str]:
             # (1, T, vocab) or (1, labels)
             logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
             digest = hashlib.sha256(f"{logits.dtype} {tuple(logits.shape)} ".encode())
+            # As bytes: numpy has no bfloat16, and NaNs compare unequal.
             digest.update(logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             digests.append(digest.hexdigest())
     return digests
@@ -71,6 +72,7 @@ def main(request: dict[str, Any]) -> None:
     """Load the folder that `request` names, and print its digests as the last line."""
     import transformers
 
+    # Another number of threads adds up in another order, which moves last bits.
     set_arithmetic(request["arithmetic"])
     auto_class = getattr(transformers, request["auto_class"])
     model = auto_class.from_pretrained(

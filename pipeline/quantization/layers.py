@@ -216,6 +216,7 @@ def _split(model: Any, *, fuses: bool, spared: Collection[str]) -> LayerPlan:
         {id(module) for module in model.base_model.modules()},
         model.get_output_embeddings(),
     )
+    # How many modules share a weight: a tied one cannot be quantized for one of them alone.
     owners = Counter(
         id(module.weight)
         for module in model.modules()

@@ -155,6 +155,7 @@ def _digests_of_fresh_process(folder: Path, request: dict[str, Any]) -> list[str
             f"exit {done.returncode}",
         )
         problem = f"{folder} cannot be loaded in a fresh process: {why.strip()}"
+        # A negative code is a signal, such as the kernel's out-of-memory killer.
         of_the_machine = done.returncode < 0 or any(words in done.stderr for words in NO_MEMORY)
         raise StageFailed(problem) if of_the_machine else NoReload(problem)
     return json.loads(done.stdout.splitlines()[-1])

@@ -122,10 +122,12 @@ class Searcher:
             candidates: What may be kept, in this order.
             beside: 16-bit formats that are tried first, only to read the others against.
         """
+        # `all` stops at the first that the budget did not allow.
         complete = all(self._try(fmt, ()) for fmt in (*beside, *candidates))
         # What is no cheaper as a whole is none either with layers left alone.
         missed = [trial for trial in self.trials if not self._holds(trial) and self._pays(trial)]
         if self._best(candidates) is None:
+            # The cheapest first: the first mix that holds is likely to be the best one.
             for trial in sorted(missed, key=self._cost):
                 complete = complete and self._mix(trial.fmt)
                 if self._best(candidates) is not None or not complete:
@@ -168,6 +170,7 @@ class Searcher:
             self._refuse(fmt, error)
             return True
         count = 1
+        # Doubling takes log2(layers) trials; one layer more at a time would spend the budget.
         while count < len(names):
             tried = len(self.trials)
             if not self._try(fmt, names[:count]):

@@ -86,6 +86,7 @@ def refuse_too_large(model: Any, fmt: Format, key: str) -> None:
         UserError: Naming the first such weight.
     """
     for name, weight in model.named_parameters():
+        # Casting beyond 65504 gave infinity.
         if not bool(weight.isfinite().all()):
             problem = f"{name} holds a weight that {fmt.value} has no number for"
             raise UserError(key, problem, "use bf16, which reaches as far as fp32")

@@ -129,6 +129,7 @@ def _watched(pairs: Sequence[Pair], seen: dict[str, torch.Tensor]) -> Generator[
 
     with ExitStack() as hooks:
         for pair in pairs:
+            # All layers of a pair read the same input: one of them is enough.
             handle = pair.layers[0].register_forward_pre_hook(
                 lambda _, args, name=pair.name: note(name, args[0])
             )
@@ -147,6 +148,7 @@ def _move(pair: Pair, largest: torch.Tensor, strength: float) -> None:
     weight = torch.stack(
         [layer.weight.abs().amax(axis) for layer, axis in zip(pair.layers, axes, strict=True)]
     )
+    # (H,); the largest weight over all readers, which share the norm and so the scale.
     scale = largest.clamp_min(SMALLEST) ** strength / weight.amax(0).clamp_min(SMALLEST) ** (
         1 - strength
     )

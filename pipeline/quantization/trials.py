@@ -95,6 +95,7 @@ class Bench:
         few = yard.validation[:SENSITIVITY_DOCUMENTS]
         with self._quantized(fmt, ()) as folder:
             quantized, patched = yard.load(folder), yard.load(self.source)
+        # All three in one dtype, so that rounding of the rest is no part of the difference.
         dtype = quantized.dtype
         patched, plain = patched.to(dtype), yard.load(self.source).to(dtype)
         moved: dict[str, float] = {}
@@ -104,6 +105,7 @@ class Bench:
             own = patched.get_submodule(layer.name)
             patched.set_submodule(layer.name, quantized.get_submodule(layer.name))
             moved[layer.name] = yard.score(patched, few, other=plain)[1]
+            # Put back, so that each layer is read by itself.
             patched.set_submodule(layer.name, own)
         return sorted(moved, key=lambda name: -moved[name])
 
@@ -149,6 +151,7 @@ class Bench:
             servers, [("trial", "plain")], config=config, prompts=prompts, seed=0
         )
         ours, theirs = read.seconds["trial", "plain"]
+        # Geometric mean: a ratio and its inverse average to 1.
         ratio = float(np.exp(np.mean(np.log(ours / theirs))))
         return ratio, servers["trial"].weights_bytes / servers["plain"].weights_bytes
 

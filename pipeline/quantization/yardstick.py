@@ -98,6 +98,7 @@ class Yardstick:
         return value_of(task.kind.decides, scores.columns), kl
 
     def _encoded(self) -> list[Encoded]:
+        # By digest: the same documents in every trial and every run.
         documents = sorted(self.data.splits["validation"], key=lambda document: document.digest)
         documents = documents[: self.run.task.kind.validation_documents]
         encoded = encode_all(

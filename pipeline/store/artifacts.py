@@ -73,11 +73,13 @@ class Artifact:
 def digest_folder(folder: Path) -> tuple[str, int]:
     """Return digest and size in bytes of all files below `folder`, artifact.json excepted."""
     total, whole = 0, hashlib.sha256()
+    # Sorted, because a file system lists a folder in any order.
     for path in sorted(
         path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
     ):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
+        # A name cannot hold a zero byte, so that no two folders give the same text.
         whole.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
         total += path.stat().st_size
     return whole.hexdigest()[:32], total
@@ -87,6 +89,7 @@ def digest_given(folder: Path) -> tuple[str, int]:
     """Return `digest_folder` of a model that lies elsewhere, read once a process for as long as no
     file changes.
     """
+    # Names, sizes and times stand for contents here: hashing gigabytes takes seconds.
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return _digest_as_seen(
         folder, tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
@@ -131,6 +134,7 @@ def write_text(path: Path, text: str) -> None:
 def _write(path: Path, text: str) -> None:
     """Write a file whole or not at all; a folder that was removed meanwhile is made again."""
     content = text.encode("utf-8", "replace")
+    # One try more, where the folder was gone or in the way.
     for is_last in (False, True):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -141,6 +145,8 @@ def _write(path: Path, text: str) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+                # Synced before it is renamed: a crash must not leave an empty file under the final
+                # name.
                 temporary.replace(path)
             return
         except FileNotFoundError:
@@ -152,6 +158,7 @@ def _write(path: Path, text: str) -> None:
             if is_last:
                 raise
             make_way(path)
+        # Ctrl-C included: nothing half-written stays behind.
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -229,6 +236,7 @@ class Store:
         from filelock import FileLock, Timeout
 
         for lock in (self.root / "tmp").glob("*.lock"):
+            # Without waiting: a lock that somebody holds marks a folder in use.
             with suppress(Timeout), FileLock(lock, timeout=0):
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink(missing_ok=True)
@@ -259,6 +267,7 @@ class Store:
         with waiting_for(what):
             while True:
                 try:
+                    # In short waits, so that `check` can end it (a budget, a signal).
                     lock.acquire(timeout=WAIT_S)
                     break
                 except Timeout:
@@ -278,6 +287,7 @@ class Store:
             folder / MANIFEST,
             {"schema": 1, "kind": kind, "digest": digest, "bytes": num_bytes, **manifest},
         )
+        # Contents first, then the rename: what has its name is on disk.
         _sync(folder)
         final = self._place(folder, digest)
         sync_path(final.parent)
@@ -319,12 +329,14 @@ class Store:
         final = self.root / "artifacts" / digest
         while True:
             try:
+                # Fails where a folder with files lies there: that decides who was first.
                 return folder.rename(final)
             except OSError:
                 if not final.is_dir():
                     raise
             if _is_whole(final, digest):
                 return final
+            # Moved away in one step, so that no reader meets a half-removed artifact.
             damaged = self.root / "tmp" / uuid.uuid4().hex
             with suppress(FileNotFoundError):  # another process was quicker
                 final.rename(damaged)
@@ -414,6 +426,7 @@ def disk_full(folder: Path) -> DiskFull:
     """Return what to say of a disk that filled up: which, what is left on it, and that nothing is
     to be done twice.
     """
+    # The folder itself may not have been made yet.
     there = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(there).free / 2**20
     remedy = (
@@ -455,6 +468,7 @@ def reserve_room(folder: Path) -> None:
     still say so.
     """
     with (folder / RESERVE).open("wb") as file:
+        # Blocks on disk; a sparse file would reserve nothing.
         os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
 
 

@@ -33,6 +33,7 @@ def offline_without_network() -> str | None:
     why = _why_unreachable(constants.ENDPOINT)
     if why is not None:
         _known["why"] = why
+        # Its library reads this at each request, so the whole process is offline from now on.
         constants.HF_HUB_OFFLINE = True
     return why
 

@@ -99,6 +99,7 @@ def download(url: str, digest: str, store: Store, *, key: str = "store.url") -> 
     """
     place = _Place.of(url, digest, key)
     with store.lock(f"download-{digest}", "another process that downloads the same"):
+        # Within the lock: another process may just have fetched it.
         known = store.find(digest)
         if known is not None:
             return known
@@ -117,11 +118,13 @@ def download(url: str, digest: str, store: Store, *, key: str = "store.url") -> 
             )
         kind = facts["kind"]
         sizes = place.files()
+        # Before the first byte, so that a full disk does not end a long download.
         check_room(store.root, sum(sizes.values()), key)
         with store.scratch() as out:
             for name, size in sizes.items():
                 place.read(name, out / name, size)
             found, _ = digest_folder(out)
+            # The digest was asked for by its name; whoever may write there cannot forge it.
             if found != digest:
                 raise place.damaged(f"its bytes have digest {found}")
             return store.commit(
@@ -389,6 +392,7 @@ class _Place:
                     for chunk in chunks:
                         file.write(chunk)
                 sync_path(partial)
+                # On one disk with its target, so that the rename is atomic.
                 partial.replace(final)
             finally:
                 partial.unlink(missing_ok=True)
@@ -412,6 +416,7 @@ def unsafe(name: str) -> str | None:
         or any(len(part.encode()) > 255 for part in parts)
     ):
         return "no disk should hold"
+    # Such a file would be in no checksum, at any depth.
     if parts[-1] == MANIFEST:
         return "no digest covers"
     if parts[-1] in PICKLE_WEIGHTS or PurePosixPath(parts[-1]).suffix.lower() in RUNS_CODE:
@@ -477,6 +482,7 @@ def _clean(text: str, secret: str) -> str:
     """Return text without the login of the URL, and without what looks like a secret."""
     text = without_login(text)
     password = secret.partition(":")[2]
+    # Libraries print the password as typed or decoded.
     for part in (secret, password, unquote(password)):
         text = text.replace(part, REDACTED) if len(part) >= SHORTEST_SECRET else text
     return redact_value("", text)

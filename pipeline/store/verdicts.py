@@ -51,6 +51,7 @@ def without(written: Mapping[str, Any], *names: str) -> Any:
 def record(store: Store, key: str, verdict: Verdict) -> Artifact:
     """Keep a verdict under its key, as an artifact: its folder is named by what is in it."""
     with store.scratch() as out:
+        # The very bytes of the checksum.
         (out / FILE).write_bytes(canonical(verdict))
         artifact = store.commit(out, KIND, {"key": key, "run_id": verdict["run_id"]})
     store.remember("verdicts", key, {"artifact": artifact.to_json(), "sha256": checksum(verdict)})
@@ -75,6 +76,7 @@ def recall(store: Store, key: str) -> Verdict | None:
     verdict, _ = parsed(path)  # as it was written: its checksum is of that
     if not isinstance(verdict, dict) or checksum(verdict) != noted.get("sha256"):
         raise _edited(path)
+    # A note that was copied to another key would give a PASS to another comparison.
     if verdict.get("key") != key:
         raise UserError(
             "verdict", f"{note} is of another comparison", "restore it; a verdict is never edited"

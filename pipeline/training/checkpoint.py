@@ -22,6 +22,7 @@ from pipeline.ledger.devices.table import device_of
 from pipeline.store.artifacts import check_room, read_json, sync_path, write_json
 from pipeline.training.optimizer import load_state, state_tensors
 
+# Where the newest is damaged, the one before it still resumes the run.
 KEEP = 2
 FILES = {"model.safetensors", "optimizer.safetensors", "generators.safetensors", "extra.json"}
 
@@ -80,6 +81,7 @@ def save(
         name: tensor.detach().contiguous().cpu()
         for name, tensor in _unshared(model.state_dict()).items()
     }
+    # Weights and AdamW's two moments, each as large as they are, and one more to spare.
     check_room(folder, 4 * sum(tensor.nbytes for tensor in weights.values()), "tracking.root")
     temporary = folder / f".writing-{uuid.uuid4().hex}"
     temporary.mkdir()
@@ -88,12 +90,15 @@ def save(
     save_file(_generator_states(_device_of(model)), temporary / "generators.safetensors")
     sums = {path.name: _seal(path) for path in sorted(temporary.iterdir())}
     write_json(temporary / "extra.json", extra())
+    # The manifest comes last: a folder without it is no checkpoint.
     sums["extra.json"] = _seal(temporary / "extra.json")
     write_json(temporary / "manifest.json", {"step": step, "sha256": sums})
     sync_path(temporary)
     final = folder / f"step-{step:09d}"
+    # A damaged checkpoint of this step may stand there, and a rename replaces no full folder.
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
+    # A rename is durable only when the folder that names it is.
     sync_path(folder)
     for old in _folders(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
@@ -133,6 +138,7 @@ def _step(path: Path) -> int:
 
 def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore weights, optimizer and random generators; return what was saved as `extra`."""
+    # Before the weights: making the optimizer's state takes a step, and that decays the weights.
     load_state(optimizer, load_file(path / "optimizer.safetensors"))
     saved = load_file(path / "model.safetensors")
     assert saved.keys() == _unshared(model.state_dict()).keys(), (
@@ -152,6 +158,7 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Drop the second name of tied weights; loading ties them again."""
+    # Tied weights share their memory, and so their address.
     seen: dict[int, str] = {}
     return {name: t for name, t in state.items() if seen.setdefault(t.data_ptr(), name) == name}
 

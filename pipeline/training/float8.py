@@ -53,6 +53,7 @@ def wide_layers(model: Any, least_width: int) -> tuple[list[str], list[str]]:
         for name, layer in model.base_model.named_modules()
         if type(layer) is torch.nn.Linear
     ]
+    # `_scaled_mm` takes multiples of 16 alone; narrow layers lose more to casting than they gain.
     takes = lambda width: width >= least_width and width % MULTIPLE == 0
     wide = [
         name for name, layer in linear if takes(layer.in_features) and takes(layer.out_features)
@@ -75,6 +76,7 @@ def float8_layers(
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     wide, narrow = wide_layers(model, least_width)
+    # Training in bf16 under the name of fp8 would be a silent fallback.
     if not wide:
         problem = (
             f"{precision.value}: no linear layer has both widths in multiples of {MULTIPLE} from"
@@ -94,12 +96,15 @@ def float8_layers(
     try:
         yield
     finally:
+        # The same parameters again: evaluation, checkpoints and the artifact know plain layers
+        # only.
         for name in wide:
             model.base_model.set_submodule(name, _plain(model.base_model.get_submodule(name)))
 
 
 def _plain(layer: Any) -> torch.nn.Linear:
     """Return a plain layer of the same parameters."""
+    # No memory for weights that are replaced on the next line.
     with torch.device("meta"):
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     plain.weight, plain.bias = layer.weight, layer.bias

@@ -37,7 +37,9 @@ from pipeline.training.precision import matmuls
 from pipeline.training.prefetch import Batches, made_ahead
 from pipeline.training.schedule import is_constant, learning_rate
 
+# Waiting for every loss would leave the device idle while the host prepares the next step.
 LATE = 4  # steps a loss reading may be late on an accelerator; also how far the host may run ahead
+# Share of the past in the smoothed loss: one unlucky batch is no divergence.
 SMOOTHING = 0.9
 
 
@@ -141,6 +143,8 @@ class _Loop:
             if masters is None
             else masters.masters
         )
+        # Only fp16 needs loss scaling: its exponent is too narrow for small gradients. Disabled,
+        # the scaler passes everything through.
         scaler = torch.amp.GradScaler(
             objective.device.type,
             init_scale=precision.loss_scale,
@@ -158,6 +162,7 @@ class _Loop:
         """Load the newest checkpoint, where there is one, and return how far it is."""
         progress, history = Progress(), list[HistoryEntry]()
         with self.clock.phase("checkpoint"):
+            # Batches and learning rate follow from the step, so they are in no checkpoint.
             found = checkpoint.newest(folder, self.hooks.say)
             if found is not None:
                 extra = checkpoint.load(found[0], self._saved, self.optimizer)
@@ -171,6 +176,8 @@ class _Loop:
         """Write a checkpoint of now."""
         from pipeline.store.artifacts import plain
 
+        # Called by `checkpoint.save` after the tensors are on disk, so that the history covers the
+        # time that writing them took.
         def extra() -> dict[str, Any]:
             return {
                 "progress": plain(self.progress),
@@ -191,6 +198,8 @@ class _Loop:
             batch = batches.batch(progress.step)
         batch = self.objective.completed(batch, progress.step)
         with clock.phase("data_wait"):
+            # One dict a micro-batch: each tensor is cut along its rows, `{name: (B / accumulation,
+            # ...)}`.
             micro = [
                 dict(zip(batch, part, strict=True))
                 for part in zip(
@@ -205,6 +214,8 @@ class _Loop:
             computed = [part for part in micro if num_targets(part)]
             counts = [num_targets(part) for part in computed]
         for part, count in zip(computed, counts, strict=True):
+            # Weighted by targets, the means of the micro-batches add up to the mean of the batch,
+            # so that accumulation does not change the gradient.
             self._backward(part, count / sum(counts))
         with clock.phase("optimizer"):
             self._update()
@@ -236,9 +247,11 @@ class _Loop:
     def _update(self) -> None:
         """Clip the gradients and move the weights."""
         set_rate(self.optimizer, learning_rate(self.progress.step, self.settings))
+        # Before clipping: `max_grad_norm` is about true gradients, not scaled ones.
         self.scaler.unscale_(self.optimizer)
         stepped = self.model.parameters() if self.masters is None else self.masters.masters
         torch.nn.utils.clip_grad_norm_(stepped, self.settings.max_grad_norm)
+        # Skips the update where a gradient is infinite; `update` then lowers the scale.
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -250,6 +263,7 @@ class _Loop:
 
         Waiting for the device here is its computing, so it is booked as such.
         """
+        # There is a reading for each micro-batch.
         late = LATE * self.settings.gradient_accumulation
         while self.pending and (drain or self.pending[0].event is None or len(self.pending) > late):
             reading = self.pending.popleft()
@@ -257,6 +271,7 @@ class _Loop:
                 before = self.clock.now_ns()
                 with self.clock.phase("backward"):
                     reading.event.synchronize()
+                # The device computes steps meanwhile; evaluations are timed apart.
                 self.progress.step_ns += self.clock.now_ns() - before
             with self.clock.phase("log"):
                 _account(reading, self.progress, self.settings, self.hooks)
@@ -279,6 +294,7 @@ def train(
         StageFailed: If the loss is NaN or diverges.
         Exception: What `hooks.should_stop` names, after a checkpoint.
     """
+    # The optimizer has to exist before a checkpoint can be loaded into it.
     fresh = _Loop.of(model, objective, settings, precision, clock, hooks)
     loop = replace(fresh, progress=fresh.resumed(folder))
     with (
@@ -322,10 +338,12 @@ def trial_steps(
         for _ in range(min(count, settings.steps)):
             before = now_ns()
             loop.step(batches)
+            # A step's time is known only when the device is done. `train` never waits like this.
             device_of(objective.device).synchronise()
             seconds.append((now_ns() - before) / 1e9)
             readings = list(loop.pending)
             loop.pending.clear()
+            # Back from means of micro-batches to the mean over the step's targets.
             total = sum(float(reading.values[0]) * reading.count for reading in readings)
             losses.append(total / sum(reading.count for reading in readings))
     if loop.masters is not None:
@@ -356,7 +374,7 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path) -> None:
     while progress.step < settings.steps:
         number = progress.step + 1
         if hooks.tracer.opens_at(number):
-            # the profiler would wait for it
+            # Readings on their way belong to steps before the trace.
             loop.read(drain=True)
             hooks.tracer.open(clock)
         before = clock.now_ns()
@@ -365,7 +383,8 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path) -> None:
         progress.step_ns += clock.now_ns() - before
         evaluates = number % eval_every == 0 or number == settings.steps
         traced = hooks.tracer.closes_after(number)
-        # both would wait for it
+        # Evaluation and trace wait for the device. Draining first books that wait as computing of
+        # the steps, where it belongs.
         loop.read(drain=evaluates or traced)
         if traced:
             hooks.tracer.close(number, clock)
@@ -375,6 +394,7 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path) -> None:
         due = time.monotonic() - last_saved > settings.checkpoint_seconds
         if settings.checkpoint_every is not None:
             due = progress.step % settings.checkpoint_every == 0
+        # After the last step the artifact itself is written; a checkpoint would be waste.
         if (due or stop is not None) and progress.step < settings.steps:
             loop.read(drain=True)
             loop.save(folder)
@@ -394,6 +414,7 @@ def steps_between_evaluations(settings: TrainingConfig) -> int:
 def _joined(batch: dict[str, Tensor], parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return those micro-batches of a batch that were computed, as one."""
     return {
+        # `tensor[:0]` keeps shape and dtype where no part was computed.
         name: torch.cat([tensor[:0], *(part[name] for part in parts)])
         for name, tensor in batch.items()
     }
@@ -404,6 +425,7 @@ def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "te
     was launched since.
     """
     parts = (done.loss, done.parts.ce, done.parts.divergence, *done.drawn.values())
+    # One tensor means one copy to the host.
     values = torch.stack([part.detach().float() for part in parts])
     how = (done.ce_weight, tuple(done.drawn), kind)
     there, event = device_of(device).fetch(values)
@@ -426,11 +448,12 @@ def _account(reading: Reading, progress: Progress, settings: TrainingConfig, hoo
             " precision=bf16 or fp32"
         )
     _check_course(step, loss, reading.kind, progress, settings)
+    # The teacher's share of the loss is reported as it ends, not as it began.
     if step + 1 > 0.9 * settings.steps:
         progress.hard += _part(reading.ce_weight, ce)
         progress.taught += _part(1 - reading.ce_weight, divergence) + sum(drawn.values())
     rate = learning_rate(step, settings)
-    # of its own samples it is the student's entropy
+    # On its own samples the student's cross-entropy estimates its entropy: no quality to plot.
     said = {"ce": ce} if reading.kind == "text" else {}
     hooks.points(
         step + 1, {"loss": loss, **said, "divergence": divergence, "learning_rate": rate, **drawn}
@@ -446,6 +469,7 @@ def _check_course(
     before = progress.smooth.get(kind, loss)
     smooth = progress.smooth[kind] = SMOOTHING * before + (1 - SMOOTHING) * loss
     best = progress.best[kind] = min(progress.best.get(kind, smooth), smooth)
+    # The floor keeps the noise of a loss near 0 from counting as divergence.
     if smooth > settings.divergence_factor * max(best, 0.05):
         raise StageFailed(
             f"the loss diverged: {smooth:.3g} at step {step + 1} after a best of {best:.3g}; "

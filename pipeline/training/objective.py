@@ -44,6 +44,7 @@ from pipeline.tasks.table import Task
 from pipeline.training.precision import arithmetic, compute_dtype
 
 NOT_INPUTS = ("labels", "windows", "lengths", "sampled")  # of a batch: not what the model reads
+# Settings of transformers' configs that limit how far back a layer reads.
 NARROW = (
     "sliding_window",
     "attention_chunk_size",
@@ -158,6 +159,7 @@ class Objective:
         self.teacher_head: Transform | Unknown = Transform()
         if self.teacher is not None:
             self.teacher_head = _head(self.teacher.model, task, self.teacher.head)
+            # Distributions are compared over the tokens that both models have.
             self.vocabulary = shared_vocabulary(
                 model, self.teacher.model, task, self.head, self.teacher_head
             )
@@ -202,7 +204,9 @@ class Objective:
             with self.clock.phase("data_wait"):
                 said = self.cached.cache.target(batch["windows"].tolist())
         with self.clock.phase("h2d"):
+            # (B * T,)
             labels = batch["labels"].flatten()
+            # (N,): positions with a target. The head sees no others.
             keep = (labels != IGNORE).nonzero().flatten()  # on the host: no synchronisation later
             inputs = {
                 name: self._send(tensor) for name, tensor in batch.items() if name not in NOT_INPUTS
@@ -261,8 +265,10 @@ class Objective:
                     given = _given(teacher.model, self.teacher_head, theirs_in, read, every=every)
                 theirs.states = given.hidden_states if every else ()
                 if isinstance(self.teacher_head, Unknown):
+                    # (N, V)
                     taught = Logits(given.logits.flatten(0, 1)[keep])
                 else:
+                    # (N, H_t)
                     hidden = given.last_hidden_state.flatten(0, 1)[keep]
                     head = Head.of(teacher.model, self.teacher_head)
                     taught = Taught(hidden, head, compute_dtype(teacher.precision))
@@ -287,8 +293,11 @@ class Objective:
             done = StepLoss(mean, parts, len(targets), 1.0 if loss is None else loss.ce_weight)
             if self.hidden is None and self.relations is None:
                 return done
+            # Weights of positions, (B, T), summing to 1: the signals from inside count the same
+            # positions as the loss.
             each = torch.zeros(inputs["input_ids"].numel(), device=self.device)
             each[keep] = 1 / max(len(targets), 1)
+            # (B, 1, T, T) without the dimension of heads
             may_read = None if mask is None else mask[:, 0]
             return self._drawn(
                 done, ours, theirs, may_read, each.reshape(inputs["input_ids"].shape)
@@ -376,7 +385,9 @@ class Objective:
             if self.hidden is None and self.relations is None:
                 return done
             mask = inputs["attention_mask"]
+            # Every example weighs the same, however many tokens it has.
             each, valid = mask.float() / mask.sum(-1, keepdim=True), mask.bool()
+            # (B, T, T)
             may_read = valid[:, :, None] & valid[:, None, :]
             return self._drawn(done, ours, theirs, may_read, each / len(each))
 
@@ -440,7 +451,9 @@ def document_mask(position_ids: Tensor) -> Tensor:
     """Return which position may read which: itself and earlier ones of its document, (B, 1, T, T)
     bool.
     """
+    # Positions begin anew with each document, so every 0 starts one: (B, T) numbers of documents.
     document = (position_ids == 0).cumsum(-1)
+    # (B, T, T); its lower triangle leaves out later tokens.
     same = document[:, :, None] == document[:, None, :]
     return same.tril_()[:, None]
 
@@ -517,7 +530,9 @@ def _document(model: Any, start: int, device: torch.device) -> dict[str, Tensor]
 
 def _check_logits(model: Any, document: dict[str, Tensor]) -> None:
     """Refuse a model of whose own logits nothing can be learnt."""
+    # Twice, to notice a model that draws at random even in evaluation mode.
     first, second = (full_logits(model, document) for _ in range(2))
+    # A model may rule single tokens out with -inf, but not all of a row.
     if first.isnan().any() or first.isinf().all(-1).any():
         problem = f"{type(model).__name__} gives logits that are no numbers for ordinary tokens"
         raise UserError("model.path", problem, "check its weights: some may be NaN or infinite")
@@ -544,6 +559,7 @@ def _takes_positions(model: Any, document: dict[str, Tensor]) -> bool:
 def _check_reads_back(model: Any, document: dict[str, Tensor]) -> None:
     """Refuse a model that reads later tokens: behind a document stands padding."""
     ids = document["input_ids"]
+    # More tokens behind the same document must not change what stands before them.
     padded = {"input_ids": torch.cat([ids, ids.flip(-1)], -1)}
     alone, before = full_logits(model, document), full_logits(model, padded)[:, : ids.shape[1]]
     if not near(before, alone, max(ALIKE, tolerance(alone.dtype))):
@@ -559,6 +575,7 @@ def _documents_are_masked(
     Positions that begin anew do it otherwise: False; None where neither does.
     """
     read = full_logits if isinstance(head, Unknown) else hidden_states
+    # Two documents of other tokens, packed into one row.
     each = [_document(model, start, device) for start in (3, 11)]
     pair = {name: torch.cat([document[name] for document in each], -1) for name in each[0]}
     alone = torch.cat([read(model, document) for document in each], 1)
@@ -567,6 +584,8 @@ def _documents_are_masked(
     def by_mask() -> bool:
         positions = pair["position_ids"]
         right, shifted = (
+            # The mask of shifted positions puts the boundary in the wrong place. Where it gives the
+            # same, the model does not look at masks.
             _masked(model, read, pair, document_mask(each))
             for each in (positions, positions.roll(1))
         )
@@ -593,6 +612,7 @@ def _unseen(
     Small beside what the first token of a document makes of the others, and no smaller than
     rounding.
     """
+    # Change the first token and see how far its influence goes.
     other = document["input_ids"].clone()
     other[:, 0] = other[:, -1]
     changed = read(model, {**document, "input_ids": other})
@@ -696,6 +716,7 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
+    # The differing token of the lowest number: the same one every time.
     token = next(iter(sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[1])))[0]
     raise UserError(
         "student.path",
@@ -712,5 +733,6 @@ def parameter_hash(model: Any) -> str:
     whole = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         whole.update(name.encode())
+        # As bytes, because numpy has no bfloat16.
         whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return whole.hexdigest()

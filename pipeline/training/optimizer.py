@@ -21,6 +21,7 @@ from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.training import OptimizerKind, TrainingConfig
 from pipeline.ledger.devices.table import device_of
 
+# Usual for language models (GPT-3, Llama): torch's 0.999 adapts more slowly in short runs.
 BETAS = (0.9, 0.95)
 IMPORTED = {
     OptimizerKind.adamw_8bit_bitsandbytes: "bitsandbytes.optim.adamw",
@@ -37,6 +38,7 @@ def make_optimizer(
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    # torch refuses an empty group.
     groups = [group for group in groups if group["params"]]
     more: dict[str, Any] = {"lr": settings.learning_rate, "betas": BETAS}
     if settings.optimizer in IMPORTED:
@@ -73,6 +75,7 @@ class MasterWeights:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.own: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        # Copied before rounding, so that the masters keep all 32 bits.
         self.masters: list[Tensor] = [p.detach().clone().requires_grad_() for p in self.own]
         for parameter in self.own:
             parameter.data = parameter.data.bfloat16()
@@ -86,6 +89,7 @@ class MasterWeights:
                 master.grad = parameter.grad.float()
             else:
                 master.grad.add_(parameter.grad)
+            # Freed at once, so that only the masters' gradients live on.
             parameter.grad = None
 
     def write_back(self) -> None:
@@ -103,6 +107,7 @@ class MasterWeights:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the model's state with its masters in the place of the rounded weights."""
+        # By address, not by name: a tied weight has two names and one master.
         by_place = {
             own.data_ptr(): master for own, master in zip(self.own, self.masters, strict=True)
         }
@@ -146,6 +151,7 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> No
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            # Optimizers make their state in their first step. Zeros leave the moments at 0.
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -171,6 +177,7 @@ def _leaves(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any, str]]:
 
 def _below(name: str, entries: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
     for key, value in entries.items():
+        # A tensor subclass, such as torchao's 8-bit moments: safetensors takes plain tensors only.
         if hasattr(value, "__tensor_flatten__"):
             inner = {each: getattr(value, each) for each in value.__tensor_flatten__()[0]}
             yield from _below(f"{name}.{key}", inner)

@@ -67,6 +67,7 @@ def frozen(precision: Precision, device: torch.device) -> Precision:
     """Return what a frozen model beside a training runs in: it has no master weights, and nothing
     is tried on it.
     """
+    # These say how weights are kept or layers trained; for a frozen model bf16 is the nearest.
     if precision in (Precision.bf16_pure, Precision.auto, *RECIPES):
         return Precision.fp32 if why_not(Precision.bf16, device) else Precision.bf16
     return precision
@@ -105,5 +106,6 @@ def round_weights(model: Any, precision: Precision) -> None:
         return
     embedding = getattr(model.get_input_embeddings(), "weight", None)
     for module in model.modules():
+        # The exact types: a subclass may be a quantized layer. Conv1D is GPT-2's linear layer.
         if type(module) in (torch.nn.Linear, Conv1D) and module.weight is not embedding:
             module.to(AUTOCAST[precision])

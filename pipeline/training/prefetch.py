@@ -56,6 +56,7 @@ class Ahead:
     def _make(self, step: int) -> dict[str, Tensor]:
         batch = self._source.batch(step)
         return (
+            # Copies to the device run beside the host only from page-locked memory.
             {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pinned else batch
         )
 
@@ -69,4 +70,5 @@ def made_ahead(source: Batches, first: int, end: int, device: torch.device) -> G
     try:
         yield Ahead(source, pool, first, end, pinned=device_of(device).pinned)
     finally:
+        # Batches nobody will ask for are not made; one being made is waited for.
         pool.shutdown(wait=True, cancel_futures=True)

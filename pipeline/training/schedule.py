@@ -30,11 +30,14 @@ def factor(step: int, settings: TrainingConfig) -> float:
     total = max(settings.steps, 1)
     warmup = _share(total, settings.warmup_fraction)
     if step < warmup:
+        # From 1, so that the first step moves the weights.
         return (step + 1) / warmup
     if settings.schedule is Schedule.cosine:
         progress = (step - warmup) / max(total - warmup, 1)
+        # From 1 at the end of the warm-up to 0.1 at the end.
         return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
     decay = _share(total, settings.decay_fraction)
+    # 1 until the decay begins, `decay` steps before the end.
     return min(1.0, (total - step) / decay) if decay else 1.0
 
 
@@ -56,6 +59,7 @@ def sequence_length(step: int, settings: TrainingConfig) -> int:
         settings.start_sequence_length or settings.sequence_length,
         settings.sequence_length,
     )
+    # Doubled once for each edge that was passed.
     return start << sum(step >= edge for edge in _edges(_doublings(start, full), settings))
 
 
@@ -70,6 +74,7 @@ def first_row(step: int, settings: TrainingConfig) -> int:
 
 
 def _doublings(start: int, full: int) -> int:
+    # log2 of the ratio, in whole numbers
     return (full // start).bit_length() - 1
 
 

@@ -60,6 +60,8 @@ def gradient_share(objective: Objective, batch: dict[str, torch.Tensor]) -> floa
         return _norm(objective.model)
 
     try:
+        # With `ce_weight` 0 or 1 a pass computes one part alone, unweighted; its weight is put back
+        # here.
         taught = norm(0.0, lambda done: _taught(done, 1 - loss.ce_weight))
         hard = norm(1.0, lambda done: _alone(done) * loss.ce_weight)
     finally:
@@ -82,6 +84,7 @@ def _taught(done: StepLoss, weight: float) -> torch.Tensor:
 
 
 def _norm(model: Any) -> float:
+    # The norm of all norms is the norm over all parameters.
     gradients = [each.grad for each in model.parameters() if each.grad is not None]
     if not gradients:
         return 0.0
