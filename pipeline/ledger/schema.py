@@ -1,4 +1,4 @@
-"""The JSON Schemas of `result.json` and `verdict.json` (schema 1). Every run is checked against
+"""The JSON Schemas of `result.json` and `verdict.json` (schema 2). Every run is checked against
 them in the tests.
 """
 

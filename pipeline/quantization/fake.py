@@ -108,7 +108,8 @@ def fake_quantize(
         if adapters is not None:
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, adapters))
         rounded = RoundedWeight(fmt, dtype, transposed=layer.transposed)
-        # After the adapters: what is rounded is their sum. `unsafe` skips torch's checks at registration.
+        # After the adapters: what is rounded is their sum. `unsafe`: not
+        # checked at registration.
         parametrize.register_parametrization(module, "weight", rounded, unsafe=True)
         if fmt in ACTIVATIONS:
             hooks.append(_round_inputs(module, ACTIVATIONS[fmt]))

@@ -65,6 +65,7 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
         "pid": None,
         "spent_device_hours": result["run"]["device_hours"]["total"]["value"],
     }
+    # After the result: a run that says FINISHED has its result on disk.
     write_json(running.session.folder / "run.json", sealed({**(state or {}), **end}))
     running.session.journal.write(
         "run_end",
@@ -91,6 +92,7 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
     )
     if status == "FINISHED" and made and running.session.gate is None:
         _point_latest(running.session.folder)
+    # Only now may another attempt, or a delivery, take this folder.
     running.lock.release()
     writer = running.writer
     if writer is not None:
@@ -219,6 +221,7 @@ def _point_latest(folder: Path) -> None:
     temporary = link.with_name(f".latest-{uuid.uuid4().hex}")
     temporary.symlink_to(folder.relative_to(link.parent))
     try:
+        # A link cannot be changed in place: a new one takes its name in one step.
         temporary.replace(link)
     except OSError as error:
         temporary.unlink()

@@ -103,6 +103,7 @@ class Assessor:
         items = session.store.root / "assessments" / Path(record["items"]).name
         with session.clock.phase("prepare"):
             sha256 = items_sha256(items)
+        # Comparisons read these files again: figures without them could not be compared.
         if sha256 is None or sha256 != record["sha256"]:
             return None
         rows = [moved(row, made["artifact"], items) for row in record["rows"]]
@@ -168,6 +169,7 @@ class Assessor:
         if checked is not None:
             record["vllm"] = checked.to_json()
             session.store.annotate(artifact, "checked", {"vllm": record["vllm"]})
+        # A measurement that failed may work the next time.
         if not any(UNMEASURED in (figure["why_missing"] or "") for figure in quality.values()):
             session.store.remember("assessments", key, record)  # else it is assessed again
         session.store.annotate(artifact, "assessed", self._assessed(quality))

@@ -64,6 +64,7 @@ def _tiny(run: Run, data: Dataset, seed: int, store: Store, clock: PhaseClock) -
             tokenizer = embedded_tokenizer(
                 data.splits["train"], run.data.vocabulary_size, store.root / "tokenizers"
             )
+            # Right before the weights are drawn, so that nothing drawn before changes them.
             torch.manual_seed(seed)
             model = make_tiny(run.model.shape, len(tokenizer), run.task, data.labels, tokenizer)
             save_model(model, tokenizer, out)

@@ -74,6 +74,7 @@ class Book:
         """
         known = {identity(row) for row in self.rows}
         for row in rows:
+            # Rows of this run are its own hours, not reused ones.
             if row["reused"] not in (None, self.session.run_id) and identity(row) not in known:
                 # at today's rate
                 self.add({**row, "ledger": priced(row["ledger"], self.session.run.cost)})

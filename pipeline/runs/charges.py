@@ -76,6 +76,7 @@ def note_charges(running: Running) -> None:
         if stage is None or stage.takes_release():
             continue
         artifact = Artifact.from_json(record)
+        # Noted when it was made, or by an earlier run that made the same bytes.
         if "charge" in facts_of(artifact.path):
             continue
         where = {
@@ -85,6 +86,7 @@ def note_charges(running: Running) -> None:
             "power_limit_w": running.session.placement.get("power_limit_w"),
         }
         facts = charge(row["arm"], spends_of(running, row["seed"]), existing)
+        # One figure a seed: the gate reads from them how much such trainings vary.
         repeats = [
             charge(row["arm"], spends_of(running, seed), existing)["work_device_hours"]
             for seed in running.session.seeds

@@ -100,6 +100,7 @@ def base_of(running: Running, pair: Comparison) -> str | None:
         return pair.base
     session, order = running.session, best_first(running.session.device)
     rows = running.book.finished(session.seeds[0])
+    # By preference on this device; names decide ties.
     forms = [
         (order.index(fmt), name)
         for name, stage in session.stages.items()
@@ -166,6 +167,7 @@ def _one(
         training = combine_training([_training(running, pair, each) for each in all_seeds])
         decides = primary_key([quality], running.session.run.task)
         if decides is not None:
+            # A saving is only one at equal quality, and test has the last word.
             training = _unless_worse(training, quality[decides], pair)
     judged = None
     if served is not None and serving is not None and _is_unquantized_form(running, pair):
@@ -291,6 +293,7 @@ def _task(running: Running, pair: Comparison, each: _Seed, key: str) -> Compared
 def _training(running: Running, pair: Comparison, each: _Seed) -> TrainingSaving:
     run = running.session.run
     arm, base = (_trained(running, name, each) for name in (pair.arm, pair.base))
+    # Of all stages: a teacher may be shared by several students.
     teachers = {
         arm
         for stage in running.session.stages.values()
@@ -303,6 +306,7 @@ def _training(running: Running, pair: Comparison, each: _Seed) -> TrainingSaving
         each.spends,
         margin=run.quality.margin,
         lower_is_better=DIRECTION[PRIMARY[run.task]] < 0,
+        # An arm's own training is never divided among others.
         teachers=teachers - {pair.arm, pair.base},
         shared_by=run.cost.teacher_shared_by,
         tolerance=tolerance(running),
@@ -355,6 +359,7 @@ def _trained(running: Running, arm: str, each: _Seed) -> Trained:
     steps = made.output.counts.get("steps", null("not counted")).value
     if steps is not None and last["step"] < steps:  # its last reading failed
         return Trained(arm=arm, final=None)
+    # Hours outside of steps and evaluations: charged in full wherever the curve is cut.
     fixed_h = max(0.0, each.spends[arm].work_h - (last["seconds"] + last["eval_seconds"]) / 3600)
     readings = tuple(
         Reading(

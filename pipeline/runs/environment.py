@@ -34,6 +34,7 @@ def environment(command: str, data: Dataset, notes: Sequence[str]) -> dict[str, 
 def commit() -> str | None:
     """Return the git commit of the checkout this package lies in; None for an installed wheel."""
     top = Path(__file__).resolve().parents[2]
+    # Else git would find a repository above, such as one that holds the virtual environment.
     if not (top / ".git").exists():
         return None
     command = [

@@ -35,6 +35,7 @@ def hold_gate(running: Running, gate: Gate, measure: Callable[[], Any]) -> None:
     from pipeline.gate.judge import judge
 
     with running.timeline.hold(f"gate-{gate.key or running.session.run_id}", "gate"):
+        # Under the lock: two runs that start together must not both take the first look.
         newest = recall(gate.places.store, gate.key) if gate.key else None
         if newest is not None and (gate.earlier is None or newest["look"] > gate.earlier["look"]):
             gate.earlier = newest  # another process was quicker
@@ -105,11 +106,13 @@ def _promote(running: Running, gate: Gate, verdict: Verdict) -> None:
         gate.promotion = {"done": False, "model": name, "version": None, "url": url, "why": why}
         print(f"not promoted: {why}", file=sys.stderr)
         return
+    # Before the alias moves: who follows it must be able to fetch the artifact.
     if gate.places.url is not None and url is None:
         from pipeline.store.remote import upload
 
         with running.session.clock.phase("log"):
             url = upload(gate.candidate.artifact, gate.places.url)
+    # The champion is replaced only if it is still the one that was compared.
     expected = None if gate.baseline is None else gate.baseline.version
     try:
         with running.session.clock.phase("log"):

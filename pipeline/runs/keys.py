@@ -73,6 +73,8 @@ def evaluation_settings(session: Session) -> dict[str, Any]:
     from pipeline.evaluation.quality.tasks import identity as tasks_identity
 
     config = session.run.quality
+    # The margin decides what a difference means, not what is read. Tasks enter by what their files
+    # say.
     quality = {k: v for k, v in plain(config).items() if k not in ("margin", "tasks")}
     return {
         "quality": quality | tasks_identity(config),
@@ -128,6 +130,7 @@ def assessment_key(
         teacher=None if teacher is None else teacher.digest,
         unquantized=None if unquantized is None else unquantized.digest,
         libraries=versions(["lm-eval"] if session.run.quality.tasks else []),
+        # Only where it is given, so that keys of assessments without it stay as they were.
         **({} if recorded is None else {"recorded": file_digest(str(recorded))}),
         **({} if vllm is None else {"vllm": vllm}),
     )
@@ -153,6 +156,7 @@ def serving_key(
         data=session.data.digest,
         libraries=versions(each for each in quantizers if each is not None),
         **made_on(session),
+        # A second look has to measure anew, not find the first one's readings.
         **({"look": gate.look, "energy": gate.policy.energy is not None} if gate else {}),
     )
 

@@ -45,6 +45,8 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
         written.
     """
     clock = PhaseClock()
+    # Here, not at the top of the file: imports of torch and transformers take seconds, which belong
+    # to the run.
     with clock.phase("import"):
         from pipeline.runs.assemble import finish
         from pipeline.runs.comparison import compare, without_speedup
@@ -53,6 +55,7 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
     with refusals_reported(is_gate(run)):
         running = open_run(run, clock, command=command, started_ns=started_ns)
     timeline, gate = running.timeline, running.session.gate
+    # What the result says unless something below says better.
     status, why = "FAILED", "crashed"
 
     def measure() -> None:
@@ -88,6 +91,7 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
             why = str(full)
             raise full from problem
         finally:
+            # In `finally`, so that a run that fails leaves its hours and its reason as well.
             delivery = finish(running, status, why)
             if delivery is not None:
                 deliveries.append(delivery)
@@ -102,6 +106,7 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
         )
     if gate is not None and gate.verdict is not None:
         return exit_code(gate, disagreeing)
+    # A gate has judged this by its policy; a recipe says it by its exit code.
     useless = without_speedup(running)
     if useless and not run.allow_no_speedup:
         _say(

@@ -82,6 +82,7 @@ def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> R
         released = {} if gate is None else gate.releases()
         digests = {arm: side.artifact.digest for arm, side in released.items()}
         config, key = run_keys(run, data.digest, owner, digests)
+        # Before torch is imported: a requeued job whose budget is spent ends at once.
         _check_budget(run, root, key)
     device = _open_device(run, clock)
     with clock.phase("prepare"):
@@ -299,6 +300,7 @@ def _or_nothing(folder: Path, number: int, lock: Any) -> Generator[None]:
         yield
     except BaseException:
         lock.release()
+        # The folder of an earlier attempt holds its hours and stays.
         if number == 1:
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -355,6 +357,7 @@ def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
     """
     from filelock import FileLock, Timeout
 
+    # Names begin with the time: the newest first.
     for folder in sorted((root / "runs").glob("*/"), reverse=True):
         if _unfinished(folder, key) is None:
             continue
@@ -363,6 +366,7 @@ def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
             lock.acquire(timeout=LOCK_S)
         except Timeout:
             continue  # another process is at it; this one is a run of its own
+        # Read again under the lock: what was read before may be out of date.
         state = _unfinished(folder, key)
         if state is None:  # it ended while we waited for its lock
             lock.release()
@@ -379,6 +383,7 @@ def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
     folder = root / "runs" / f"{stamp}-{run.recipe}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)
     lock = FileLock(folder / ".lock")
+    # Nobody else knows the folder yet.
     lock.acquire(timeout=0)
     return folder, 1, lock
 

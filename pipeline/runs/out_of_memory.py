@@ -103,6 +103,7 @@ def _device_words(now: Pressure) -> str:
 
 def _first(now: Pressure, smaller: str) -> str:
     """Return the first thing to try, by what was measured."""
+    # Enough memory is there, in pieces: a smaller batch would only hide that.
     if now.is_fragmented and not now.expandable:
         pieces = f"{num_bytes(now.unused)} are held in pieces too small"
         return f"PYTORCH_ALLOC_CONF=expandable_segments:True in the environment ({pieces})"

@@ -57,6 +57,7 @@ def _why_not_charged(
     folder: Path, manifest: dict[str, Any], registered: dict[str, Any], device: str
 ) -> str | None:
     """Return why the hours that a model was registered with cannot be charged here, or None."""
+    # No digest covers artifact.json: other weights may lie beside the cost of these.
     if digest_given(folder)[0] != manifest.get("digest"):
         return "existing model, changed since it was registered"
     known = registered["device"]["name"]

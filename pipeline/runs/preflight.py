@@ -213,6 +213,7 @@ def _root(run: Run, name: str) -> str | None:
         if not any(stage.starts_from() == STUDENT_INIT for stage in stages.values()):
             return None
         name = student_source(run)
+    # Up the chain of starting points
     while name not in (BASE, STUDENT_INIT):
         name = stages[name].starts_from() or STUDENT_INIT
     return name
@@ -278,6 +279,7 @@ def _check_reads(key: str, config: Any, tokenizer: Any, run: Run, data: Dataset)
 
     length = example_length(config, run.task, run.training.sequence_length)
     said: list[str] = []
+    # Every split: an unusual token may stand in one of them alone.
     for split, documents in data.splits.items():
         if run.task.kind.is_language:
             said += [

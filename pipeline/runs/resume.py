@@ -76,6 +76,7 @@ class Past:
 def read_past(session: Session, events: list[Event]) -> Past:
     """Return what earlier attempts of this run spent: hours of a killed process are not lost."""
     rows = [event["row"] for event in events if event["e"] == "row"]
+    # A row is journaled anew when it changes: the last version counts.
     newest = {
         (row["arm"], row["seed"], row["attempt"]): row for row in rows if row["reused"] is None
     }
@@ -197,6 +198,7 @@ def _with_attempt(
     closed = [event for event in events if event["e"] == "window"]
     windows = [Window(**event["window"]) for event in closed]
     opened = [event for event in events if event["e"] == "open"]
+    # One window is open at a time, so only the last one can be left over.
     if len(opened) > len(closed):
         windows.append(_closed(opened[-1], events))
     past = _with_outside(replace(past, windows=(*past.windows, *windows)), number, events)
@@ -213,6 +215,7 @@ def _with_trace(past: Past, event: Event) -> Past:
     of_arm = event["arm"], event["seed"], event["attempt"]
     trace = past.trace(*of_arm)
     trace.reached = max(trace.reached, event["step"])
+    # A point says that a step was done; only checkpoints and resumes say what is secured.
     if event["e"] != "points":
         trace.saved = event["step"]
     return past.with_trace(*of_arm, trace)
@@ -236,6 +239,7 @@ def _closed(opened: Opened, events: list[Event]) -> Window:
     kept_ns = end_ns - opened["start_ns"] if opened["kind"] == "compare" else 0
     saved = [event for event in events[events.index(opened) :] if event["e"] == "checkpoint"]
     if saved and opened["kind"] == "work":
+        # Phases sum to the time of the window until the checkpoint.
         kept_ns = sum(saved[-1]["phases_ns"].values())
     return Window(
         kind=opened["kind"],
@@ -269,6 +273,7 @@ def _with_outside(past: Past, number: int, events: list[Event]) -> Past:
     compared_ns = (
         sum(window.elapsed_ns for window in windows if window.kind == "compare") * span.devices
     )
+    # Of a pass that was killed: its time is known, its phases are not.
     torn_ns = compared_ns - sum(sum(phases.values()) for phases in compared)
     compare_ns = total(past.compare_ns, *compared, {"other": torn_ns})
     ended = next((event["run"] for event in reversed(events) if event["e"] == "run_end"), None)
@@ -278,6 +283,7 @@ def _with_outside(past: Past, number: int, events: list[Event]) -> Past:
     else:
         known_ns = total(_outside_until_last_mark(span, events), times=span.devices)
     overhead_ns = span.device_ns - sum(window.elapsed_ns for window in windows) * span.devices
+    # What no mark covers is waste, `unattributed`, and not dropped.
     lost_ns = {"other": overhead_ns - sum(known_ns.values())}
     return replace(
         past, compare_ns=compare_ns, overhead_ns=total(past.overhead_ns, known_ns, lost_ns)
@@ -312,6 +318,7 @@ def _with_killed_row(
     session: Session, past: Past, arm: str, seed: int, number: int, events: list[Event]
 ) -> Past:
     """Return the past with the row that a killed process could not write, from its windows."""
+    # Steps after the checkpoint will be replayed.
     spent = Spent(lost_as="rollback")
     for window in past.windows:
         if (window.arm, window.seed, window.attempt) == (arm, seed, number):
@@ -325,6 +332,7 @@ def _with_killed_row(
     saved = [event for event in own if event["e"] == "checkpoint"]
     if saved and not spent.phases_ns:
         spent.phases_ns = saved[-1]["phases_ns"]
+    # Nothing to resume from: the whole attempt was in vain.
     if not spent.work_ns:
         spent.lost_as = "failed_attempt"
     why = "the process was killed; hours up to its last sign of life"
@@ -374,6 +382,7 @@ def _rebooked(session: Session, past: Past, index: int, entry: HistoryEntry | No
     of_arm = window.arm, window.seed, window.attempt
     rows = [row for row in past.rows if identity(row) == (*of_arm, None)]
     trace = past.trace(*of_arm)
+    # It resumes from where this attempt ended: its window is booked rightly already.
     was_its_last = entry is not None and entry["step"] == trace.saved
     if not rows or rows[0]["status"] not in UNFINISHED or (was_its_last and window.kept_ns):
         return past
@@ -386,6 +395,7 @@ def _rebooked(session: Session, past: Past, index: int, entry: HistoryEntry | No
     if booked == window:
         return past
     span = past.spans[window.attempt]
+    # A window has to lie inside its attempt.
     span = span._replace(end_ns=max(span.end_ns, booked.end_ns))
     trace.saved = 0 if entry is None else entry["step"]
     windows = (*past.windows[:index], booked, *past.windows[index + 1 :])
@@ -417,6 +427,7 @@ def _taken_over(
     """Return the past with the part of another run's attempt that led to the checkpoint, as
     reused.
     """
+    # Resumed a second time: those hours are counted already.
     if (arm, seed, number, run_id) in {identity(row) for row in past.rows}:
         return past
     spent = Spent(work_ns=sum(entry["phases_ns"].values()), phases_ns=entry["phases_ns"])

@@ -157,6 +157,7 @@ def made_row(
     if assess is not None:
         spent.assess_ns = assess.elapsed_ns
         spent.add_phases(assess.phases_ns)
+    # Peaks are of a process: those of another one stand on its own row.
     memory = memory_of(made) if is_of_this_attempt(session, made) else unread(ELSEWHERE)
     read = Read(memory, timeline.usage(name, seed), timeline.disturbance(name, seed))
     row = make_row(

@@ -102,6 +102,8 @@ class StageRunner:
         try:
             self._to_its_row(name, stage)
         except (UserError, StageFailed) as error:
+            # A full disk is no fault of the stage; passing over it would end in a result without
+            # models.
             if isinstance(error, DiskFull) or not stage.may_be_refused():
                 raise
             self.running.book.notes.append(f"{name}: {refusal_words(name, error)}")
@@ -116,9 +118,11 @@ class StageRunner:
             return
         inputs = self._inputs(name, stage)
         _refuse_gone(stage.inputs(self.running.session.run), inputs)
+        # Before the key: a control's budget of FLOPs is a part of what it makes.
         matched = self._matched_flops(stage)
         key = stage_key(self.running.session, name, stage, inputs, self.seed, matched)
         with timeline.hold(key, name):  # another process may be at it: then find it done
+            # Looked up while the lock is held: who waited for it finds the work done.
             made = self._recall(key) or self._make(name, stage, inputs, key)
             artifact = Artifact.from_json(made["artifact"])
             assessed = None
@@ -188,10 +192,13 @@ class StageRunner:
             session.memory.start(session.device)
             with timeline.window("work", name, self.seed) as window:
                 artifact, output = self._work(name, stage, inputs, key, window)
+                # The window ends when the device is done, not when it was asked.
                 device_of(session.device).synchronise()
         except BaseException as error:
+            # Ctrl-C and signals too: hours of a failed attempt are charged.
             book.add(broken_row(timeline, name, stage, self.seed, window, error))
             raise
+        # After the window, whose closing edge is the last reading.
         usage = timeline.usage(name, self.seed)
         memory = session.memory.read(session.device, nvml_peak=usage.memory_used_peak_bytes)
         record: Made = {
@@ -207,6 +214,7 @@ class StageRunner:
             "disturbance": timeline.disturbance(name, self.seed).to_json(),
             "earlier": book.rows_of(name, self.seed),
         }
+        # The record before the checkpoints go: a crash in between only leaves files behind.
         session.store.remember("keys", key, record)
         shutil.rmtree(session.store.root / "checkpoints" / key, ignore_errors=True)
         return record
@@ -231,6 +239,7 @@ class StageRunner:
                     "inputs": {role: artifact.digest for role, artifact in inputs.items()},
                     **output.about,
                 }
+                # Still inside the window: work lasts until the artifact is committed.
                 return session.store.commit(out, stage.makes, manifest), output
 
     def _context(self, name: str, stage: Stage, key: str, window: OpenWindow, out: Path) -> Context:
@@ -265,6 +274,7 @@ class StageRunner:
             data=session.data,
             clock=session.clock,
             out=out,
+            # By key, so that another run with the same settings resumes from them.
             checkpoints=session.store.root / "checkpoints" / key,
             like=None if like is None else self._output(like.arm),
             matched_flops=self._matched_flops(stage),

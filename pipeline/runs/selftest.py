@@ -326,7 +326,9 @@ def _looks(test: SelfTest, prompts: Sequence[Any], sampler: Any) -> Callable[[in
         check_load(server, run.serving.load, prompts)
 
     def of(number: int) -> Look:
+        # Roles change from trial to trial, so that where a copy lies in memory favours no side.
         first, second = copies if number % 2 == 0 else copies[::-1]
+        # A seed for every look of every trial: no two draw the same order.
         taken = itertools.count(number * run.policy.looks)
 
         def look() -> tuple[Any, Any, list[str]]:
@@ -519,6 +521,7 @@ def _result(test: SelfTest) -> dict[str, Any]:
         sum(each["outcome"] == Outcome.FAIL for each in answered), len(answered), 0.0
     )
     too_many = served.too_many or quality.too_many
+    # Every trial was INVALID: nothing was learnt about the gate.
     silent = served.passes.n == 0
     code = Exit.FAIL if too_many else Exit.INVALID if silent else Exit.DONE
     return {

@@ -113,6 +113,7 @@ def _measured(running: Running, pairs: list[tuple[str, str]], key: str) -> Serve
 
 def _order_seed(running: Running, key: str) -> int:
     """Return a seed that another run, and another look, do not share."""
+    # From a digest: nobody can choose the order, and a resumed run draws the same one.
     return int(key_of(run=running.session.run_id, key=key)[:8], 16)
 
 

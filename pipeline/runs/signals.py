@@ -21,6 +21,7 @@ _noted: list[int] = []  # stop signals that came while the program started
 def stop_early(number: int, _: FrameType | None) -> None:
     """Handle a stop signal that comes while the program starts."""
     _noted.append(number)
+    # A BaseException, so that no `except Exception` of a library swallows it.
     raise StoppedEarly(signal.Signals(number).name)
 
 

@@ -90,17 +90,22 @@ class Timeline:
         of_arm: dict[str, Any] = {"arm": arm, "seed": seed, "attempt": session.number}
         session.journal.write("open", kind=kind, **of_arm, start_ns=start_ns, clock_ns=before)
         kept, saved_ns = True, 0
+        # Inside the window on both edges, so that reading the device is charged to what it is read
+        # for.
         others_before = self._mark_edge()
         try:
             yield opened
         except BaseException as error:
+            # Both stop after a checkpoint, so nothing is lost.
             kept = isinstance(error, Preempted | BudgetSpent) or kind == "compare"
+            # Ctrl-C comes at any moment: what counts is the time up to the last checkpoint.
             if isinstance(error, KeyboardInterrupt) and kind == "work" and arm is not None:
                 saved_ns = sum(self.trace(arm, seed, session.number).saved_ns.values())
             raise
         finally:
             load = others.load_between(others_before, self._mark_edge())
             self.loads.setdefault((kind, arm, seed), []).append(load)
+            # One reading for both, so that phases sum to the window exactly.
             end_ns, after = session.clock.mark()
             opened.elapsed_ns, opened.phases_ns = end_ns - start_ns, difference(after, before)
             closed = Window(
@@ -170,6 +175,7 @@ class Timeline:
         span = Span(session.started_ns, now_ns, session.devices)
         booked = book(self.windows, {**self.spans, session.number: span})
         own_ns = total(difference(phases_ns, self.inside_ns), times=session.devices)
+        # What no clock has seen: from the start of the process until there was one.
         start_ns = booked.overhead_ns - sum(own_ns.values()) - sum(self.overhead_ns.values())
         return booked, total(self.overhead_ns, own_ns, {"import": start_ns})
 
@@ -242,6 +248,7 @@ class Timeline:
         device it holds.
         """
         with ExitStack() as held:
+            # Waste, as waiting is: the device is held meanwhile.
             with self.session.clock.phase("comm_wait"):
                 said = f"another process that makes {what}"
                 held.enter_context(self.session.store.lock(key, said, self.check_budget))

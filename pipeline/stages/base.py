@@ -378,6 +378,7 @@ def stage_of(run: Run, arm: str) -> Stage:
     """Return the stage behind an arm, a fallback's too; from the settings alone."""
     name = stage_name(arm)
     stage = stages_of(run)[name]
+    # A fallback is named `NAME/...` and stands in no recipe: its stage makes it.
     return stage if name == arm else stage.fallbacks(name)[arm]
 
 
@@ -388,6 +389,7 @@ def teacher_of(run: Run, arm: str) -> str | None:
     starts from; else the only one there is.
     """
     stages, seen = stages_of(run), set[str]()
+    # Breadth first: what is nearest to the arm decides. `seen` ends a circle of references.
     ahead = [stage_name(arm)]
     while ahead:
         name = ahead.pop(0)

@@ -117,6 +117,7 @@ def run_capture(stage: CaptureSettings, inputs: Mapping[str, Artifact], ctx: Con
             "tokenizer": tokenizer_digest(tokenizer),
             "packing": packing_digest(source.windows),
         }
+        # Hard links where the disk has them: shards are not written twice.
         for number in range(len(plan)):
             place(ctx.checkpoints / shard_name(number), ctx.out / shard_name(number))
         shards = [
@@ -199,6 +200,7 @@ def _plan(rows: np.ndarray, micro: int, sequence_length: int) -> Iterator[list[i
     """Yield the windows of each shard: whole batches, so that a window always meets the same
     others.
     """
+    # A multiple of the batch: rounding of a product depends on what is computed beside it.
     size = max(1, SHARD_TOKENS // (sequence_length * micro)) * micro
     for start in range(0, len(rows), size):
         yield rows[start : start + size].tolist()
@@ -228,6 +230,7 @@ def _all_shards(
             done, tokens = done + len(rows), tokens + found[number]["tokens"]
             advance(done, tokens)
             stop = ctx.should_stop()
+            # With the last shard there is nothing left to resume.
             if stop is not None and len(found) < len(plan):
                 raise stop(
                     f"stopped after {len(found)} of {len(plan)} shards; the same command resumes"
@@ -291,6 +294,7 @@ def _one_shard(
             "step": step,
             "history": ctx.history(step),
         }
+        # After the shard: a shard without its record is captured anew.
         write_json(_record(path), record)
     with ctx.clock.phase("log"):
         ctx.checkpointed(step)
@@ -305,6 +309,7 @@ def _captured(source: _Source, rows: list[int], micro: int) -> _Shard:
             batch = source.windows.read(np.array(some))
             sizes = _predicted(batch["labels"])
             drawn = _drawn(source, batch, some, sizes)
+            # Targets of all rows lie one after the other: each row's part is cut out.
             ends = np.cumsum(sizes)
             shard.parts += [
                 source.codec.pack(
@@ -353,6 +358,7 @@ def _uniforms(source: _Source, rows: list[int], sizes: list[int]) -> np.ndarray:
     """Return chance for every draw of a batch, (N, draws): a function of seed and window alone."""
     draws = source.codec.draws
     each = [
+        # A generator for each window: neither order nor batch changes what is drawn.
         np.random.default_rng((source.seed, row)).random((size, draws))
         for row, size in zip(rows, sizes, strict=True)
     ]
@@ -372,6 +378,7 @@ def _by_chunks(
     budget = device_of(source.device).chunk_bytes or TILE_BYTES
     rows = max(1, budget // (LOGIT_BYTES * columns_of(source.model, head)))
     with torch.autocast(source.device.type, enabled=False):
+        # At least once, so that an empty batch still has columns.
         for start in range(0, max(len(given), 1), rows):
             part = slice(start, start + rows)
             logits = given[part].float() if known is None else known.logits(given[part].to(dtype))

@@ -161,6 +161,7 @@ class Conversion(Stage):
         if self.calibration is not None:
             settings["calibration"] = file_digest(self.calibration)
         if self.format is Format.auto:
+            # A search decides by quality and by serving, so both are part of what it makes.
             searched = {"tolerance": self.allowed(run), "load": run.serving.load}
             settings |= plain(searched | read_with(run))
         return settings
@@ -334,6 +335,7 @@ class Conversion(Stage):
 
         with ctx.clock.phase("search"):
             asked = self.candidates or formats()
+            # The best 16-bit form is tried first: others have to be cheaper than it.
             first = [fmt for fmt in best_first(ctx.device) if why_not(fmt, ctx.device) is None][:1]
             candidates, reasons = able(
                 asked, source, ctx.run.task, device=ctx.device, choice=self.choice(), key=key

@@ -109,9 +109,11 @@ def _asked_of_head(
         asked.append((inputs, settings))
         return usual(*inputs, **settings)
 
+    # A micro-batch: the shape that the head will meet.
     rows = settings.batch_size // settings.gradient_accumulation
     batch = {name: tensor[:rows] for name, tensor in batches.batch(0).items()}
     objective.head_loss = noting
+    # The probe must leave the training as it was, dropout's random numbers included.
     with torch.random.fork_rng(), torch.no_grad():
         objective(batch)
     objective.head_loss = usual

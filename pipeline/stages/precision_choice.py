@@ -60,6 +60,7 @@ class Tried:
         infinite for NaN.
         """
         ours, theirs = np.array(self.losses), np.array(reference.losses)
+        # Step by step, so that losses above and below fp32's do not cancel.
         apart = float(np.abs(ours - theirs).mean() / np.abs(theirs).mean())
         return apart if math.isfinite(apart) else math.inf
 
@@ -95,6 +96,7 @@ def decide(tried: Sequence[Tried], refused: Sequence[str], tolerance: float) -> 
         for each in tried
         if each.precision not in RECIPES and each.apart(reference) <= tolerance
     ]
+    # The fastest without float8: what float8 is held against in what is said below.
     usual = min((each.time_ratio(reference)[0] for each in others), default=1.0)
     for each in tried:
         distance, (ratio, low, high) = each.apart(reference), each.time_ratio(reference)
@@ -181,6 +183,7 @@ def _try_all(
     now_ns: Callable[[], int],
 ) -> None:
     started_ns, limit_s = now_ns(), LEAST_S
+    # A copy of all weights: every trial starts from the same ones.
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     usual = objective.precision, objective.clock
     objective.clock = PhaseClock()  # what happens in here is a search, whatever it does
@@ -194,10 +197,13 @@ def _try_all(
                         model, batches, objective, settings, config, STEPS, now_ns
                     )
                 _restore(model, before)
+                # The first step compiles and allocates.
                 each.seconds.append(float(np.mean(seconds[WARM_UP:])))
+                # Of the first round alone: the others repeat the same steps.
                 each.losses = each.losses or losses
                 limit_s = max(limit_s, SHARE * settings.steps * each.seconds[-1])
             # the next would go beyond it
+            # Rounds take about as long as each other.
             if (now_ns() - started_ns) / 1e9 > limit_s * (number + 1) / (number + 2):
                 return
     except torch.OutOfMemoryError as error:

@@ -211,6 +211,7 @@ class _Trial:
         Raises:
             UserError, StageFailed: Why the first fallback could not be made, where none could.
         """
+        # First, so that there is something to publish where no fallback holds.
         sixteen = self._try_sixteen_bits()
         ahead = list(_in_order(self.name, self.stage))
         while ahead:
@@ -225,6 +226,7 @@ class _Trial:
             # a search that found nothing: what came nearest is resumed from
             elif isinstance(fallback, FormatFallback):
                 nearest = self._nearest(output)
+                # Without the first: that format was just measured by the search.
                 ahead = [] if nearest is None else list(_in_order(self.name, nearest))[1:]
         if not self.made and self.refused:
             if not self.stage.optional:
@@ -257,6 +259,7 @@ class _Trial:
         if failed is not None:
             self.refused.append(failed)
             if isinstance(fallback, FormatFallback):
+                # Training into a format that this model does not run in would be in vain.
                 self.not_here[fallback.format] = refusal_words(arm, failed)
         return self.attempts.made(arm)
 

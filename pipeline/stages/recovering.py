@@ -57,6 +57,8 @@ def run_recovery(
             undo = fake_quantize(model, linear, into.format, dtype, adapters)
 
             def save(faked: Any) -> None:
+                # Before saving: a folder holds plain weights, which are quantized once, by the
+                # library.
                 undo()
                 _save(faked, source, trained, ctx)
 

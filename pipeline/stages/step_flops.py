@@ -75,6 +75,7 @@ class ModelFlops:
             per_token = lambda: six_n(model, found.shares, backward=backward)
             return attempted(lambda: FlopsPerSequence(0.0, per_token(), 0.0), no_rule)
 
+        # Before the count: the rule of thumb needs the shares where counting fails.
         found.shares = attempted(lambda: expert_shares(model, task), no_shares)
         found.per_sequence = attempted(lambda: count_flops(model, task, backward=backward), by_rule)
         return found
@@ -182,6 +183,7 @@ class StepFlops:
     def _priced(self, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
         rows, length = batch["input_ids"].shape
         targets = int((batch["labels"] != IGNORE).sum())
+        # Positions that each head reads
         ours, theirs = (rows * length if full else targets for full in self.full)
         added = 0.0 if self.teacher is None else self.teacher.batch(rows, length, theirs)
         if self.hidden is not None:
@@ -189,6 +191,7 @@ class StepFlops:
         if self.relations is not None:
             added += self.relations.flops(rows, length)
         if self.writing is not None and "sampled" in batch:
+            # A batch is written until its longest row ends, so all rows cost as much.
             new = int(batch["sampled"].max())
             added += rows * self.writing.generation(length - new, new)
         return self.own.batch(rows, length, ours), added

@@ -76,6 +76,7 @@ def open_cache(
     key = f"stages.{ctx.stage}.cache"
     cache = TeacherCache(inputs[CACHE].path, key)
     wanted = _expected(stage, batches, tokenizer, inputs[TEACHER], ctx)
+    # All of it is compared before the first step: a wrong cache would train silently.
     cache.check(wanted, batches, needed(batches, settings.steps, settings.batch_size))
     if outputs < cache.vocabulary:
         problem = (
@@ -122,6 +123,8 @@ class IndexedBatches:
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """Return the batch of a step with `windows`, (B,) int64."""
         windows = torch.from_numpy(self._batches.rows(step).astype("int64"))
+        # As the loop cuts a batch: the cache is asked by micro-batch. This runs in the thread that
+        # makes batches ahead, so reading the disk overlaps with training.
         for part in windows.chunk(self._num_micro):
             self._cache.read_ahead(part.tolist())
         return {**self._batches.batch(step), "windows": windows}
@@ -197,6 +200,7 @@ def on_policy_batches(
         _ends(objective.model, tokenizer),
         ctx.seed,
     )
+    # Prompt and answer together fill a sequence.
     longest = settings.sequence_length - length
     prompts = Prompts(encoded, longest=longest, batch_size=settings.batch_size, seed=ctx.seed)
     return PartlySampled(text, prompts, stage.on_policy, ctx.seed)

@@ -131,12 +131,14 @@ def run_training(
     if completions is not None:  # taught by texts: no distribution to follow
         distill = None
     settings = planned_settings(stage, ctx)
+    # Before the model: a fresh student, and new heads, are drawn from it.
     torch.manual_seed(ctx.seed)
     with ctx.clock.phase("model_load"):
         model, tokenizer, save = _start(stage, inputs, settings, ctx) if start is None else start()
         if settings.activation_checkpointing:
             where = "training" if stage.activation_checkpointing is None else f"stages.{ctx.stage}"
             checkpoint_activations(model, f"{where}.activation_checkpointing")
+        # NaN weights would show as a loss of NaN hours later, far from their cause.
         refuse_not_finite(model, *_start_of(stage, ctx))
     if settings.steps == 0:
         return _as_it_is(model, save, inputs, ctx)
@@ -151,12 +153,14 @@ def run_training(
         _check_teaches(distill, ready, validate, settings, ctx)
         key = f"stages.{ctx.stage}.head"
         head = choose_head(key, distill.head, ready.objective, ready.text, settings)
+    # After everything that looks inside the model: counting, examining, probing.
     if settings.compile:
         with ctx.clock.phase("compile"):
             model.compile()
     progress, timeline = _loop(ready, validate, settings, ctx)
     share = _share_of_teacher(distill, ready, settings, ctx)
     with ctx.clock.phase("checkpoint"):
+        # A teacher that moved was not frozen: nobody could say what the student learnt from.
         if ready.teacher is not None and parameter_hash(ready.teacher.model) != ready.frozen:
             raise StageFailed("the teacher's parameters changed while the student trained")
         save(model)
@@ -260,6 +264,7 @@ def _examined(teacher: Teacher, own: Examined | None, ctx: Context) -> Teacher:
     if own is not None:
         found = examine(teacher.model, ctx.device)
         teacher = replace(teacher, masked=found.masked, head=found.head, packs=found.packs)
+    # After `examine`, which runs without autocast: fp32 states would meet 16-bit weights there.
     round_weights(teacher.model, teacher.precision)
     return teacher
 
@@ -454,6 +459,7 @@ def planned_settings(stage: TrainingOverrides, ctx: Context) -> TrainingConfig:
     per_step = None if ctx.like is None else ctx.like.flops_per_step
     if flops is None or per_step is None:
         raise StageFailed(f"{stage.like} has no FLOPs to match: {_why_no_flops(ctx)}")
+    # Rounded down: a control may not get more compute than what it is a control of.
     settings.steps, settings.epochs = max(1, int(flops // per_step)), None
     why = _why_no_flops(ctx)
     if why is not None:
@@ -572,6 +578,7 @@ def validation_reading(
     model: Any, tokenizer: Any, settings: TrainingConfig, precision: Any, ctx: Context
 ) -> Callable[[], float]:
     """Return what reads the primary metric of a model in memory on validation, as training does."""
+    # By digest: every arm and every attempt reads the same ones.
     documents = sorted(ctx.data.splits["validation"], key=lambda document: document.digest)
     count = settings.eval_documents or ctx.run.task.kind.validation_documents
     encoded = encode_all(
@@ -650,6 +657,7 @@ def _output(
         )
     return Output(
         counts=counts,
+        # The model's own part: a control that matches compute has no teacher.
         flops_per_step=progress.own_flops / progress.step,
         curve=progress.curve,
         seconds_in_steps=progress.step_ns / 1e9,

@@ -115,6 +115,7 @@ def assess_quality(
             scores = score_examples(model, encoded, task, padding=padding, **more)
         predictions = scores.predictions
         arrays = {"digest": scores.digest, **scores.columns, **_groups(encoded)}
+        # Before anything is written: NaN outputs are no assessment.
         _check_finite(folder, model, arrays[task.kind.finite])
         agreement = (
             None
@@ -218,6 +219,7 @@ def worst_slice(arrays: Arrays, labels: tuple[str, ...] | None) -> tuple[str, fl
             change = float(arrays["unquantized"][own].mean() - arrays["correct"][own].mean())
             found.append((f"class {labels[label] if labels else label}", change, int(own.sum())))
     else:
+        # By the unquantized model, so that both are read on the same slices.
         ranked = np.argsort(arrays["unquantized"] / arrays["bytes"], kind="stable")
         for name, own in zip(QUARTERS, np.array_split(ranked, len(QUARTERS)), strict=True):
             if len(own):

@@ -82,6 +82,7 @@ def take_recorded(given: Path, path: Path, task: Task, config: QualityConfig, ke
     """
     columns = _columns(given, task, key)
     shutil.copyfile(given, path)
+    # A note of what lay here before must not vouch for these values.
     about(path).unlink(missing_ok=True)
     if about(given).is_file():
         shutil.copyfile(about(given), about(path))
@@ -141,6 +142,7 @@ def _why_wrong(row: dict[str, Any], task: Task) -> str | None:
             continue
         whole = (
             isinstance(value, int)
+            # Integers beyond it are not exact as float64.
             and abs(value) < 2**53
             and (name == "correct" or not isinstance(value, bool))
         )

@@ -189,7 +189,10 @@ def cut_windows(
     for document in encoded:
         for predicted, end in _predicted(document, sequence_length, stride or sequence_length):
             read = max(0, end - sequence_length)
+            # A copy, because the next line changes it. Shifted by one: a token is predicted at the
+            # place before it.
             scored = document.targets[read + 1 : end + 1].copy()
+            # Predicted by an earlier window: here it is context only.
             scored[: predicted - read] = False
             if scored.any():
                 windows.append(Window(document.input_ids[read : end + 1], scored, first))
@@ -243,6 +246,7 @@ def score_causal(
     windows = cut_windows(encoded, sequence_length, stride)
     check_vocabulary(model, (window.ids for window in windows), pad_id)
     _check_positions(model, max((len(window.scored) for window in windows), default=0))
+    # The first token has no context to be predicted from.
     scored = [int(np.count_nonzero(document.targets[1:])) for document in encoded]
     columns = {name: np.zeros(sum(scored), dtype) for name, dtype in TOKEN_COLUMNS.items()}
     with scoring_mode(model), nullcontext() if other is None else scoring_mode(other):
@@ -261,6 +265,7 @@ def score_causal(
         flips = of_text(columns["flips"]).astype(np.int64)
         drift = Drift(of_text(columns["kl"]), flips, of_text(columns["other_nats"]) / math.log(2))
     return CausalScores(
+        # One digest a document: where its number first occurs.
         digest=np.array([document.digest for document in encoded])[np.diff(number, prepend=-1) > 0],
         bits=of_text(columns["nats"]) / math.log(2),
         bytes=by_document([document.num_bytes for document in encoded]),
@@ -322,10 +327,12 @@ def _score_windows(
         np.concatenate([window.ids[1:][window.scored] for window in batch]).astype(np.int64)
     )
     target = target.to(device)
+    # 4 bytes an fp32 logit
     chunk = max(1, LOGIT_BYTES // (4 * logits_BTV.shape[-1]))
     parts: list[dict[str, torch.Tensor]] = []
     for at in range(0, len(rows), chunk):
         part = slice(at, at + chunk)
+        # fp32 before the softmax: in 16 bits, log-probabilities have two or three digits.
         logprobs_nV = logits_BTV[row[part], column[part]].float().log_softmax(-1)
         found = _read(logprobs_nV, target[part])
         if theirs_BTV is not None:
@@ -440,6 +447,7 @@ def scoring_mode(model: Any) -> Generator[None]:
     """
     import torch
 
+    # Each by itself: a frozen part may have been in evaluation mode before.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -484,6 +492,7 @@ def _example_batches(
     model says.
     """
     lengths = np.array([len(example.input_ids) for example in encoded])
+    # Stable, so that batches are the same every time.
     order = np.argsort(-lengths, kind="stable")
     at = 0
     while at < len(order):

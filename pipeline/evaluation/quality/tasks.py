@@ -170,6 +170,7 @@ def _read_task(path: Path) -> TaskFile:
     kwargs = settings["dataset_kwargs"]
     files = _data_files(path, kwargs["data_files"])
     settings["dataset_kwargs"] = {**kwargs, "data_files": files}
+    # Contents stand in for paths: the same task elsewhere has the same digest.
     contents = {split: [_content(file) for file in each] for split, each in files.items()}
     described = _in_order({**settings, "dataset_kwargs": {**kwargs, "data_files": contents}})
     digest = hashlib.sha256(json.dumps(described, default=str).encode()).hexdigest()[:32]
@@ -374,6 +375,7 @@ def run_tasks(model: Any, tokenizer: Any, config: QualityConfig) -> list[TaskSco
             backend="causal",
             tokenizer=tokenizer,
             batch_size=config.batch_size,
+            # As this project's own scores are.
             softmax_dtype="float32",
         )
     try:
@@ -551,6 +553,7 @@ def _quietly() -> Generator[None]:
         ):
             warnings.simplefilter("ignore")
             templates: Any = importlib.import_module("lm_eval.utils")
+            # In place of lm-eval's own environment, which lets templates reach into Python.
             sandbox = SandboxedEnvironment(
                 loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
             )
@@ -561,6 +564,7 @@ def _quietly() -> Generator[None]:
             yield
     finally:
         logger.setLevel(level)
+        # In reverse order, so that a name which was set twice gets its first value back.
         for module, name, value in reversed(before):
             setattr(module, name, value)
         for name in [name for name in os.environ if name not in environment]:
@@ -624,6 +628,7 @@ def _why_no_score(values: Sequence[Any], figure: Any, higher_is_better: bool | N
 
     if not all(isinstance(value, int | float | np.number) and 0 <= value <= 1 for value in values):
         return "lm-eval keeps no score between 0 and 1 of each document"
+    # `not ... <=` also catches NaN.
     if not abs(float(np.mean(values)) - float(figure)) <= CLOSE:
         return "lm-eval's figure is not the mean of the documents' scores"
     return None if higher_is_better else "lower is better, or lm-eval does not say that higher is"

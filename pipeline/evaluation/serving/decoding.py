@@ -144,6 +144,7 @@ class Fixed:
     def _feed(self, forward: Any, ids: torch.Tensor) -> None:
         out = forward(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._given)
         self.logits = out.logits[:, -1]
+        # In place: a captured graph reads and writes fixed addresses.
         self._token.copy_(self.logits.argmax(-1, keepdim=True))
 
 
@@ -203,6 +204,7 @@ def _fixed(
     decoder.prefill(prompt)  # makes room for the keys and values
     if captured:
         decoder.capture()
+    # Once more from the start, to have logits to compare.
     decoder.reset()
     decoder.prefill(prompt)
     decoder.step()
@@ -219,6 +221,7 @@ def _fixed(
         .min()
         .item()
     )
+    # `not ... >=` also catches NaN.
     if not alike >= LEAST_ALIKE:
         raise RuntimeError(f"its predictions are not those of a growing cache (cosine {alike:.3f})")
     return decoder

@@ -237,6 +237,7 @@ class _Bench:
         # the dearest to serve decides
         arm = max(self.plain, key=lambda each: weights_bytes(self.plain[each]))
         trials = self._time(arm, list(drifts))
+        # By the interval's end: 16 bits change answers, so they have to be surely faster.
         faster = {fmt: ratio for fmt, (ratio, _, high) in trials.items() if high < 1}
         best = min(faster, key=lambda fmt: faster[fmt], default=None)
         if best is None:
@@ -322,6 +323,7 @@ class _Bench:
             )
         for number in range(ROUNDS):
             self.check()
+            # In turns, forth and back: a drift meets all alike.
             for fmt in servers if number % 2 == 0 else reversed(servers):
                 read = [
                     servers[fmt].once(ids, load_at.new).total_s
@@ -346,6 +348,7 @@ def drift_of(assessed: Sequence[torch.Tensor], served: Sequence[torch.Tensor]) -
     import torch
 
     before, after = torch.cat(list(assessed)), torch.cat(list(served))
+    # fp64, because the difference of close log-probabilities is small.
     p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean()
     flips = (before.argmax(-1) != after.argmax(-1)).double().mean()

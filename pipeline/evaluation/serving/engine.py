@@ -127,6 +127,7 @@ def _figures(
     found: dict[str, Value] = {}
     for name, places in where.items():
         numbers = [(_number(raw, place), factor) for place, factor in places]
+        # The first name that the file has: serve, throughput and latency name them differently.
         known = next(((number, factor) for number, factor in numbers if number is not None), None)
         if known is not None:
             found[name] = declared(known[0] * known[1])

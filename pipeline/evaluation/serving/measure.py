@@ -417,6 +417,7 @@ def measure_interleaved(
         for _ in range(design.gaps[block]):
             arm, server = next(spare)
             _serve(server, first, load.new, repeats[arm])
+        # Other prompts in each block, so that intervals cover them as well.
         ids = draw_prompts(prompts, load.batch, load.prompt, (seed, block))
 
         def read(arm: str, ids: np.ndarray = ids) -> float:
@@ -427,6 +428,7 @@ def measure_interleaved(
         for pair, sides in seconds.items():
             for side, place in _places(orders[pair][block]):
                 sides[side][block, place] = read(pair[side])
+        # Forth and back, as pairs are: a linear drift cancels here, too.
         for arm in (*alone, *reversed(alone)):
             read(arm)
     for size in config.batches:
@@ -461,6 +463,7 @@ def _warm_until_steady(
     while len(logs) < MOST_ROUNDS:
         check()
         read = [_seconds(_serve(server, ids, new, repeats[arm])) for arm, server in servers.items()]
+        # `tiny` guards a clock that did not tick.
         logs.append(float(np.mean(np.log(np.maximum(read, np.finfo(float).tiny)))))
         if len(logs) >= 4 and abs(sum(logs[-2:]) - sum(logs[-4:-2])) <= 2 * STEADY:
             return {"rounds": len(logs), "steady": True}
@@ -480,6 +483,7 @@ def _read_size(
             readings.by_batch[size] = readings.at_load
         return
     repeats = {arm: _warm_up(server, ids, load.new) for arm, server in servers.items()}
+    # Forth and back, so that a drift meets all alike.
     for arm in (*servers, *reversed(list(servers))):
         kept[arm].by_batch.setdefault(size, []).extend(
             _serve(servers[arm], ids, load.new, repeats[arm])
@@ -494,6 +498,7 @@ def _read_growing(
     """
     others = [arm for arm in servers if not kept[arm].at_load[0].how.startswith("dynamic")]
     for arm in others:
+        # Not kept: it makes the decoder and warms it up.
         servers[arm].once(ids, load.new, decode=Decode.dynamic)
     for arm in (*others, *reversed(others)):
         kept[arm].growing.append(servers[arm].once(ids, load.new, decode=Decode.dynamic))
@@ -510,6 +515,7 @@ def _units_per_joule(
     server.once(ids, new)
     start, units = clock.now_ns(), 0
     sampler.mark()
+    # Energy counters move in steps: a shorter window would read mostly rounding.
     while clock.now_ns() - start < ENERGY_S * 1e9:
         units += server.once(ids, new).units
     sampler.mark()
@@ -557,6 +563,7 @@ def figures(
     """Return the serving figures of one arm as result.json holds them (the catalogue says what they
     mean).
     """
+    # The first new token comes from the prefill.
     num_decoded = load.batch * (load.new - 1) if task.kind.is_language else 0
     why = (
         "one new token is prefill"

@@ -135,6 +135,7 @@ class Server:
         """
         asked = (*prompt.shape, new, decode)
         if self._decoder is None or self._decoder[0] != asked:
+            # Freed before the new one is made: two caches may not fit.
             self._decoder = None
             self._decoder = asked, make_decoder(self.model, decode, self._last_only, prompt, new)
         return self._decoder[1]

@@ -182,12 +182,14 @@ def check_vllm(
             device=device,
             pad_id=tokenizer.pad_token_id,
         )
+        # Its memory is vLLM's from here on.
         del model
         found = _ask(folder, [each.input_ids.tolist() for each in read], device, still)
     tokens = int(scores.tokens.sum() + scores.ends.sum())
     asked = Checked("ran", version=installed(), documents=len(read), tokens=tokens)
     if isinstance(found, str):
         return replace(asked, outcome="failed", why=found)
+    # Bits to nats; a log-likelihood is minus the cost.
     here = -float(scores.bits.sum() + scores.end_bits.sum()) * math.log(2) / tokens
     theirs = (
         sum(

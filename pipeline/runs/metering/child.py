@@ -120,6 +120,7 @@ class Child:
             raise CannotStart(self._command[0], problem, remedy, code) from None
         finally:
             self.end_ns = time.monotonic_ns()
+        # Signals that came before there was a process to pass them on to.
         for number in self._early:
             self._send(number)
 
@@ -128,6 +129,7 @@ class Child:
         ended it.
         """
         assert self._process is not None
+        # `wait4`, not `wait`: it also gives the peak memory of the child.
         _, status, usage = os.wait4(self._process.pid, 0)
         self.end_ns = time.monotonic_ns()
         self._ended.set()

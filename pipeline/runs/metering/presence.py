@@ -122,6 +122,7 @@ class Presence:
         """Look once at every GPU that has not been used yet."""
         for uuid in [uuid for uuid in self.handles if uuid not in self.used]:
             now, before = self._state(self.handles[uuid]), self._before[uuid]
+            # Either is enough: containers often hide pids, small contexts hardly show in memory.
             if now.pids - before.pids or _grew(before.memory_bytes, now.memory_bytes):
                 self.used.add(uuid)
                 self.found(uuid)

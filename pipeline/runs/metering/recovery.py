@@ -88,6 +88,7 @@ def _end(folder: Path, lock: Any, events: list[Event]) -> None:
     opened = next(event for event in events if event["e"] == "open")
     lives, _ = read_lives(folder, start["node"])
     last = events[-1]
+    # Ranks may have outlived their meter: their files go on.
     end_ns = max(last["mono_ns"], *(life.end_ns for life in lives), opened["start_ns"])
     seen = [Used.from_json(event["used"]) for event in events if event["e"] == "devices"]
     used = seen[-1] if seen and seen[-1].kind != "cpu" else as_reported(opened_gpus(lives), GONE)
@@ -102,4 +103,5 @@ def _end(folder: Path, lock: Any, events: list[Event]) -> None:
         truncated=True,
     )
     run = MeteredRun(folder, Journal(folder / "journal.jsonl"), lock, start)
+    # Wall time of the last sign of life, moved on by the monotonic clock.
     run.end(facts, now_ns=end_ns, t=last["t"] + (end_ns - last["mono_ns"]) / 1e9)

@@ -105,8 +105,10 @@ def _finished(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> 
         if lives
         else {"other": facts.elapsed_ns}
     )
+    # A row has the phases of one device; its hours multiply by their number.
     per_device = apportion(timeline, facts.elapsed_ns)
     idle_ns = per_device.pop(IDLE, 0)
+    # `idle_rank` is a cause of waste and no phase: it is split off again below.
     phases_ns = {**per_device, "other": per_device.get("other", 0) + idle_ns}
     spent = Spent(
         work_ns=facts.elapsed_ns, phases_ns={name: ns for name, ns in phases_ns.items() if ns}

@@ -142,6 +142,7 @@ class MeteredRun:
             if again
             else []
         )
+        # What failed led to nothing: all of it is retry.
         kept_ns = facts.elapsed_ns if facts.status == "FINISHED" else 0
         window = Window(
             kind="work",

@@ -129,6 +129,7 @@ class Watch:
                 "leave --gpus out, or give none",
             )
         self._handles = {} if self._nvml is None else _handles(self._nvml, asked, environ)
+        # One sampler a GPU, because which of them the command will use is not known yet.
         self._samplers = {
             uuid: Sampler(open_reader([uuid], nvml=self._nvml)) for uuid in self._handles
         }
