@@ -148,7 +148,7 @@ def _share_of_bound(period: int, signs: Floats, places: npt.NDArray[np.int64]) -
 def in_time(
     arm: npt.ArrayLike, base: npt.ArrayLike, orders: Sequence[str]
 ) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Return the readings as they were taken, (4 x blocks,), and which of them are the arm's.
+    """Return the readings as they were taken, shape (4 x blocks,), and which of them are the arm's.
 
     Args:
         arm: (blocks, 2): the arm's two readings of each block.
@@ -176,7 +176,7 @@ def disturbances(
     """Return what moved the readings of one look beside the arms: a drift, a period, or nothing.
 
     Args:
-        arm: (blocks, 2): the arm's two readings of each block, all positive.
+        arm: (blocks, 2): the arm's two readings of each block in seconds (or joules), positive.
         base: (blocks, 2): the base's.
         orders: Of each block.
         places: Of the four readings of each block among all that were taken; None: one after the

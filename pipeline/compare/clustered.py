@@ -29,8 +29,8 @@ own.
 
 
 def group_codes(items: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.int64] | None:
-    """Return the number of each document's group (n,), or None where every document is a source of
-    its own.
+    """Return the number of each document's group, shape (n,), or None where every document is a
+    source of its own.
     """
     if GROUP not in items:
         return None
@@ -117,7 +117,9 @@ def paired_share(
     seed: int,
     level: float,
 ) -> tuple[Interval, Spread, tuple[float, float, float]]:
-    """Return the difference of two paired shares with its interval over groups.
+    """Return the difference of two paired shares, in [-1, 1], with its interval over groups.
+
+    Each share is the fraction of items that an arm gets right.
 
     The outer ends of three: the BCa bootstrap's over groups, the skewness-corrected t interval's,
     and Tango's on effective items.

@@ -98,7 +98,7 @@ def value_of(quality: Quality, columns: Columns) -> float:
 
 
 def ratio(num: npt.NDArray[Any], den: npt.NDArray[Any], how: Resampling) -> tuple[float, Ends]:
-    """Return sum(num) / sum(den) and its interval over documents, or groups of them."""
+    """Return sum(num) / sum(den), of shape (D,) each, and its interval over documents or groups."""
     num, den = clustered.summed(num, how.codes), clustered.summed(den, how.codes)
     # One document or group cannot be resampled.
     if len(num) == 1:
@@ -108,7 +108,7 @@ def ratio(num: npt.NDArray[Any], den: npt.NDArray[Any], how: Resampling) -> tupl
 
 
 def mean(values: npt.NDArray[Any], how: Resampling) -> Figure:
-    """Return the mean over examples with its interval."""
+    """Return the mean over examples, shape (D,), with its interval."""
     return _measured(*ratio(values, np.ones(len(values), dtype=np.int64), how))
 
 
@@ -149,7 +149,7 @@ def _macro_f1(label: npt.NDArray[Any], prediction: npt.NDArray[Any], how: Resamp
 
 
 def macro_f1(columns: Columns) -> float:
-    """Return the mean F1 over the classes that occur among `label` or `prediction`."""
+    """Return the mean F1, a fraction, over the classes that occur among `label` or `prediction`."""
     label, prediction = columns["label"], columns["prediction"]
     size = int(max(label.max(), prediction.max())) + 1
     hits = np.bincount(label[label == prediction], minlength=size)

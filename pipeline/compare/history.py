@@ -76,7 +76,7 @@ class Figure:
 
     @property
     def added(self) -> float:
-        """The reading in the unit that adds up from release to release."""
+        """The reading in the unit that adds up over releases: -ln(1 - share) of a share."""
         return to_added(self.value) if self.relative else self.value
 
 
@@ -86,7 +86,7 @@ def to_added(share: float) -> float:
 
 
 def from_added(added: float, *, relative: bool) -> float:
-    """Return what `Figure.added` stands for, as readings are shown."""
+    """Return what `Figure.added` stands for, as readings are shown: a share where `relative`."""
     return -math.expm1(-added) if relative else added
 
 
@@ -192,7 +192,7 @@ def count_once(found: Sequence[Judged]) -> list[Judged]:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """How the newest reading lies to the earlier ones.
+    """How far the newest reading lies from the earlier ones.
 
     Attributes:
         estimate: Newest less the weighted mean of the earlier ones, in the readings' unit.

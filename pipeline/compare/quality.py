@@ -73,7 +73,11 @@ _Found = tuple[Interval, _ItemsNeeded]
 
 
 def answer_of(low: float, high: float, margin: float) -> str:
-    """Return what an oriented interval says (the rule at the top of this file)."""
+    """Return what an oriented interval says (the rule at the top of this file).
+
+    All three are in the metric's own unit: a share of the base for bits per byte, a difference of
+    shares for accuracies.
+    """
     # Before `better`: a gain within the margin is too small to be called one.
     if -margin < low and high < margin:
         return "equal"
@@ -158,7 +162,7 @@ def _grouped_share(
 
 
 def is_binary(values: npt.ArrayLike) -> bool:
-    """Whether every score is 0 or 1."""
+    """Whether every score is 0 or 1; of any shape."""
     return bool(np.isin(values, (0, 1)).all())
 
 

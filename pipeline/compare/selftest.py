@@ -234,7 +234,7 @@ def power(saving: float, sd_log: float, *, alpha: float, blocks: int, looks: int
 
 
 def noise_floor(sd_log: float, *, alpha: float, blocks: int, looks: int) -> float:
-    """Return the least saving that is found with a chance of `POWER`."""
+    """Return the least saving, a share of the base's cost, found with a chance of `POWER`."""
     draws, low, high = _draws(blocks * looks), 0.0, 1.0
     while _found(high, draws, alpha=alpha, blocks=blocks, looks=looks) < POWER:
         low, high = high, 2 * high

@@ -62,7 +62,7 @@ def t_quantile(level: float, degrees: float) -> float:
 
 
 def wilson_interval(k: float, n: float, *, level: float = LEVEL) -> tuple[float, float]:
-    """Return Wilson's score interval of the proportion k/n.
+    """Return Wilson's score interval of the proportion k/n: two shares in [0, 1].
 
     Args:
         k: Successes; of effective items (`clustered.py`) not whole.
@@ -257,7 +257,7 @@ def bootstrap_ratio(
     num: npt.ArrayLike, den: npt.ArrayLike, *, resamples: int, seed: int, level: float = LEVEL
 ) -> Interval:
     """Return sum(num) / sum(den) of one arm (bits per byte, token accuracy) with its BCa interval
-    over documents.
+    over documents, in the unit of num over that of den.
 
     Args:
         num: (n,): what each document adds above.
@@ -480,7 +480,7 @@ def sums_spread(
 
 
 def mean_interval(values: npt.ArrayLike, *, level: float = LEVEL) -> Interval:
-    """Return the mean of two or more values with its t interval."""
+    """Return the mean of two or more values, shape (n,), with its t interval in their unit."""
     values = np.asarray(values, dtype=np.float64)
     assert values.size >= 2, "one value has no spread"
     mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(values.size)
@@ -531,8 +531,14 @@ def skewed_reach(t: float, skewness: Floats | np.float64, n: int) -> Floats:
 
 
 def block_log_ratios(arm_seconds: npt.ArrayLike, base_seconds: npt.ArrayLike) -> Floats:
-    """Return ln(arm/base) of each block, the mean of its two pairs of readings: (blocks,) from
-    (blocks, 2) each.
+    """Return ln(arm/base) of each block, the mean of its two pairs of readings.
+
+    Args:
+        arm_seconds: Shape (blocks, 2), seconds; of joules it is used alike.
+        base_seconds: The same of the base.
+
+    Returns:
+        Shape (blocks,), without a unit.
     """
     arm, base = (
         np.asarray(arm_seconds, dtype=np.float64),
@@ -561,7 +567,7 @@ def abba_saving(
 
 
 def log_saving(log_ratios: npt.ArrayLike, *, level: float = LEVEL) -> Interval:
-    """Return 1 - exp(mean) of two or more ln(arm/base), with the interval of
+    """Return 1 - exp(mean) of two or more ln(arm/base), a share of the base, with the interval of
     `skewed_mean_interval`.
     """
     r = skewed_mean_interval(log_ratios, level=level)

@@ -113,7 +113,7 @@ def decide(criteria: Sequence[Criterion]) -> Outcome:
 
 
 def judged(low: float, high: float, threshold: float) -> Outcome:
-    """Return what an interval says of a threshold that the truth must lie above."""
+    """Return what an interval says of a threshold that the truth must lie above, in its unit."""
     if low > threshold:
         return Outcome.PASS
     return Outcome.FAIL if high < threshold else Outcome.INCONCLUSIVE
@@ -129,7 +129,8 @@ def invalid(criterion: Criterion, reasons: Sequence[str]) -> Criterion:
 
 
 def disturbed(policy: PolicyConfig, here: str, conditions: Figures) -> list[str]:
-    """Return what made a serving pass no measurement of its artifacts alone.
+    """Return why a serving pass measured more than its artifacts: other hardware than the policy
+    asks for, throttling, other processes.
 
     Args:
         here: Exact name of the device it ran on.

@@ -56,7 +56,11 @@ first one is.
 
 
 class Windows(Protocol):
-    """Packed windows or padded examples, by number (`data/batches.py`)."""
+    """Packed windows or padded examples, by number (`data/batches.py`).
+
+    `rows` gives the numbers of a step's windows, int64 (B,). `read` gives their tensors, (B, T)
+    each. `content` gives the bytes that a window's digest is taken over.
+    """
 
     num_rows: int
 
@@ -69,7 +73,7 @@ class Windows(Protocol):
 
 
 def needed(windows: Windows, steps: int, batch_size: int) -> np.ndarray:
-    """Return the numbers of the windows that a training reads, ascending, each once."""
+    """Return the numbers of the windows that a training reads, (W,) ascending, each once."""
     if steps * batch_size >= windows.num_rows:  # an epoch reads every window
         return np.arange(windows.num_rows)
     return np.unique(np.concatenate([windows.rows(step) for step in range(steps)]))
@@ -98,8 +102,9 @@ def write_shard(
 
     Args:
         rows: Numbers of the windows.
-        contents: What each consists of.
-        parts: What was captured for each.
+        contents: The bytes that each consists of.
+        parts: What was captured for each: by column, an array whose first dimension counts the
+            window's tokens or entries.
     """
     # `_Shard` reads `starts` by this order of columns.
     names = sorted(parts[0])
@@ -125,7 +130,7 @@ def write_shard(
 
 
 def file_sha256(path: Path) -> str:
-    """Return the checksum of a file."""
+    """Return the sha256 of a file's bytes, 64 hex characters."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -200,7 +205,7 @@ class TeacherCache:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens (or classes) that the teacher's distributions are over."""
+        """V: how many tokens (or classes) the teacher's distributions are over."""
         return self.manifest["vocabulary"]
 
     def check(self, expected: Mapping[str, Any], windows: Windows, rows: np.ndarray) -> None:
@@ -210,7 +215,7 @@ class TeacherCache:
         Args:
             expected: What the reader trains with, by the names in `SAME`.
             windows: As the reader packs them.
-            rows: Numbers of those it will ask for.
+            rows: Numbers of those it will ask for, shape (W,).
 
         Raises:
             UserError: One line that says what differs.

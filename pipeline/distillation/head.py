@@ -66,11 +66,11 @@ class Head:
 
     @property
     def columns(self) -> int:
-        """Logits that the model gives."""
+        """Logits that the model gives for a token: the last dimension of (N, columns)."""
         return self.weight.shape[0] if self.transform.columns is None else self.transform.columns
 
     def to(self, dtype: torch.dtype) -> Head:
-        """Return the head in another arithmetic."""
+        """Return the head with weight and bias in another dtype."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, weight=self.weight.to(dtype), bias=bias)
 

@@ -60,7 +60,7 @@ class Probed:
 
 
 def why_not(kernel: HeadKernel, device: torch.device) -> str | None:
-    """Return why this device or installation has no such kernel, or None."""
+    """Return why this device or installation cannot run a kernel, or None."""
     if kernel is HeadKernel.triton and (
         not device_of(device).triton or find_spec("triton") is None
     ):
@@ -71,7 +71,10 @@ def why_not(kernel: HeadKernel, device: torch.device) -> str | None:
 
 
 def kernel_of(kernel: HeadKernel) -> HeadLoss:
-    """Return the head loss that a kernel computes; `auto` is what `head.default_terms` takes."""
+    """Return the head loss that a kernel computes; `auto` is what `head.default_terms` takes.
+
+    Its arguments have the shapes and dtypes of `head.head_loss`.
+    """
     if kernel is HeadKernel.torch:
         return _by(terms_in_place, sparse_terms_in_place)
     if kernel is HeadKernel.triton:
@@ -103,6 +106,8 @@ def liger_head_loss(
     taught: Any,
 ) -> tuple[Tensor, Sums]:
     """Compute `head_loss` by Liger's chunked loss; compiled on CUDA, as it is shipped.
+
+    Shapes are those of `head_loss`: hidden (N, H_s), labels (N,), `taught.hidden` (N, H_t).
 
     Raises:
         ValueError: If the models' vocabularies differ: Liger would give padding a probability. If a

@@ -93,7 +93,7 @@ class Sums:
     divergence: Tensor
 
     def weighted(self, loss: Loss) -> Tensor:
-        """Return the sum of the loss; a part without weight adds nothing, not 0 times infinity."""
+        """Return the sum of the loss, nats; a part without weight adds nothing, be it infinite."""
         if loss.ce_weight == 1:
             return self.ce
         if loss.ce_weight == 0:

@@ -29,7 +29,7 @@ class Writing:
     """How a student writes.
 
     Attributes:
-        length: Tokens at most.
+        length: Most tokens that are written after a prompt.
         temperature: Its logits are divided by it.
         vocabulary: Tokens that may be written: the first so many.
         ends: Tokens after which nothing follows.

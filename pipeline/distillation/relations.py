@@ -134,7 +134,7 @@ def find_projections(layer: nn.Module, model: Any, key: str) -> list[nn.Module]:
 
 @contextmanager
 def outputs_of(modules: Sequence[nn.Module]) -> Generator[list[Tensor]]:
-    """Collect what `modules` give while their model runs once inside, in their order.
+    """Collect what `modules` give, (B, T, D) each in their order, while their model runs inside.
 
     The hooks are gone afterwards, so evaluation does not pass them.
     """

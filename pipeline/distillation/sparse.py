@@ -78,7 +78,7 @@ class Sampled:
 
         Args:
             logits: (N, V), fp32 or wider.
-            uniforms: (N, draws) float64 in [0, 1), what chance has to say.
+            uniforms: (N, draws) float64 in [0, 1), the random numbers of the draws.
         """
         log_p = torch.log_softmax(logits / self.temperature, -1)
         p = log_p.exp()
@@ -150,8 +150,8 @@ class TopK:
         return min(vocabulary, room // (entry_bytes(vocabulary, 0) + 2))
 
     def of(self, logits: Tensor, uniforms: Tensor) -> dict[str, Tensor]:
-        """Return `ids` (N, k) int32, `probabilities` (N, k) and `residual` (N,); nothing is left to
-        chance.
+        """Return `ids` (N, k) int32, `probabilities` (N, k) and `residual` (N,); no random number
+        is used.
         """
         p = torch.softmax(logits / self.temperature, -1)
         top = p.topk(self.k, -1)
@@ -202,7 +202,7 @@ class Dense:
         return {"logits": logits}
 
     def pack(self, drawn: Columns) -> Columns:
-        """Return the column of an example."""
+        """Return the column of the examples: `logits` (N, C), float32."""
         return {"logits": drawn["logits"].astype(np.float32)}
 
     def unpack(self, columns: Columns) -> Tensor:

@@ -55,14 +55,12 @@ class Transform:
         return self.scale == 1 and self.cap is None
 
     def logits(self, product: Tensor) -> Tensor:
-        """Return the logits of a product, of the same shape; the product itself where nothing is
-        done.
-        """
+        """Return the logits of a product, both (N, V); the product itself where nothing is done."""
         scaled = product if self.scale == 1 else product * self.scale
         return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
 
     def slope(self, product: Tensor) -> Tensor | float:
-        """Return d logits / d product, of the same shape, or one number for all elements."""
+        """Return d logits / d product, (N, V) as the product, or one number for all elements."""
         if self.cap is None:
             return self.scale
         # 1 - tanh^2 would cancel where the cap is near; 4 e / (1 + e)^2 with e = exp(-2 |x|) does
@@ -95,8 +93,8 @@ class Unknown:
 
 
 def readings(config: Any) -> Iterator[Transform]:
-    """Yield what a config may mean, the likeliest first: as its settings are usually meant, then
-    otherwise, then not.
+    """Yield the transforms that a config may stand for, the likeliest first: each setting as it is
+    usually meant, then inverted, then without effect.
 
     Args:
         config: Of a model; the part that is about text is read.
@@ -149,7 +147,7 @@ def prove(model: Any, inputs: dict[str, Tensor]) -> Transform | Unknown:
 
     Args:
         model: A causal language model in evaluation mode; autograd is off.
-        inputs: A few tokens; the model gives finite logits of them.
+        inputs: A few tokens, (B, T) each; the model gives finite logits of them, (B, T, V).
     """
     columns = model(**copies(inputs), use_cache=False).logits.shape[-1]
     found = _proven(model, inputs)
@@ -206,7 +204,11 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def near(ours: Tensor, theirs: Tensor, allowed: float) -> bool:
-    """Tell whether two tensors differ by rounding only; what is not finite is never near."""
+    """Tell whether two tensors differ by rounding only; what is not finite is never near.
+
+    Args:
+        allowed: Largest absolute difference, as a share of the largest absolute value of `theirs`.
+    """
     return bool((ours - theirs).abs().max() <= allowed * theirs.abs().max())
 
 

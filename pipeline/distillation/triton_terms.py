@@ -43,8 +43,8 @@ def terms_in_place(
     ours: Transform = PLAIN,
     theirs: Transform = PLAIN,
 ) -> Sums:
-    """Replace the student's products by the gradient of the summed loss; the contract of
-    `losses.terms_in_place`.
+    """Replace the student's products (N, V_s) by the gradient of the summed loss; the contract of
+    `losses.terms_in_place`. Sums are fp32.
     """
     count = len(labels)
     ce, divergence = (
@@ -92,7 +92,7 @@ def sparse_terms_in_place(
     ours: Transform = PLAIN,
     theirs: Transform = PLAIN,
 ) -> Sums:
-    """Do the same where the teacher is given by entries; the contract of
+    """Do the same where the teacher is given by entries, (N, K); the contract of
     `losses.sparse_terms_in_place`.
 
     With a rest beside the entries (`top_k`) it is plain torch that does it: what the rest sums up

@@ -193,8 +193,8 @@ def identify(
 
 
 def _identity(items: Path) -> list[Any]:
-    """Return what values of another evaluation are known by: their documents, in any order, and
-    their note.
+    """Return what identifies values of another evaluation: a digest of the values, and what the
+    note beside them says.
     """
     from pipeline.evaluation.quality.recorded import IDENTITY, read_identity, values_digest
 

@@ -51,12 +51,12 @@ class Window:
 
     @property
     def elapsed_ns(self) -> int:
-        """Its length."""
+        """Its length, in integer nanoseconds (1e-9 seconds), as all times here."""
         return self.end_ns - self.start_ns
 
     @property
     def lost_ns(self) -> int:
-        """The part that has to be done again."""
+        """The part, in nanoseconds, that has to be done again."""
         return self.elapsed_ns - self.kept_ns
 
 
@@ -71,7 +71,7 @@ class Span(NamedTuple):
 
     @property
     def device_ns(self) -> int:
-        """Its length times its devices."""
+        """Its length times its devices, in device-nanoseconds."""
         return (self.end_ns - self.start_ns) * self.devices
 
 
@@ -122,14 +122,14 @@ class Booking:
 
     @property
     def reusable_ns(self) -> int:
-        """What a later run saves that finds all of this done: work, assessment and comparison; no
-        retry.
+        """Device-nanoseconds that a later run saves which finds all of this done: work, assessment
+        and comparison; no retry.
         """
         return self.work_ns + self.assess_ns + self.compare_ns
 
 
 def book(windows: Iterable[Window], spans: Mapping[int, Span]) -> Booking:
-    """Book the time of all attempts of a run.
+    """Book the time of all attempts of a run, in device-nanoseconds that sum exactly.
 
     Args:
         windows: Of all attempts, in any order.

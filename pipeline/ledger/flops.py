@@ -75,8 +75,8 @@ class FlopsPerSequence:
         )
 
     def generation(self, prompt: int, new: int) -> float:
-        """Return the FLOPs of a forward pass over a prompt, and of `new` - 1 more that read a
-        key-value cache.
+        """Return the FLOPs of a forward pass over a prompt of `prompt` tokens, and of `new` - 1
+        more that read one token each and a key-value cache.
 
         The head reads one position in each; a new token attends to all before it and to itself.
         """
@@ -86,8 +86,8 @@ class FlopsPerSequence:
         return self.constant + self.linear * read + self.square * pairs + self.predicted * new
 
     def batch(self, rows: int, length: int, num_predicted: int) -> float:
-        """Return the FLOPs of `rows` sequences of `length` positions with `num_predicted` targets
-        in all of them.
+        """Return the FLOPs of a batch of shape (rows, length) with `num_predicted` targets in all
+        of it.
         """
         return rows * self(length, num_predicted / rows)
 

@@ -69,13 +69,13 @@ class Interval:
 
     @property
     def elapsed_ns(self) -> int:
-        """Its length."""
+        """Its length in nanoseconds."""
         return self.end_ns - self.start_ns
 
     @property
     def middle_ns(self) -> float:
-        """The moment that decides which window it belongs to: one at most, so that nothing is
-        counted twice.
+        """The moment, on the monotonic clock in nanoseconds, that decides which window it belongs
+        to: one at most, so that nothing is counted twice.
         """
         return (self.start_ns + self.end_ns) / 2
 
@@ -175,7 +175,9 @@ def total(parts: Iterable[float | None]) -> float | None:
 
 
 def mean(own: Sequence[Interval], read: Callable[[Interval], float | None]) -> float | None:
-    """Return the mean weighted by time; None where it is missing for more than a moment."""
+    """Return the mean weighted by time; None where it is missing for more than 1% of the time and
+    0.1 seconds.
+    """
     values = [(v, each.elapsed_ns) for each in own if (v := read(each)) is not None]
     known_ns, whole_ns = sum(ns for _, ns in values), sum(each.elapsed_ns for each in own)
     if not known_ns or whole_ns - known_ns > max(UNREAD_SHARE * whole_ns, UNREAD_NS):

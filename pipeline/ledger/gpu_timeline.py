@@ -117,7 +117,7 @@ class Classes:
 
     @property
     def window_ns(self) -> int:
-        """The length of the window."""
+        """The length of the window in nanoseconds: the sum of all classes."""
         return sum(getattr(self, item.name) for item in fields(self))
 
 
@@ -312,8 +312,8 @@ def _causes(
 def summary(
     steps: Sequence[Mapping[int, Classes]], *, why_none: str = NOT_TRACED
 ) -> dict[str, Value]:
-    """Return the shares of step wall time over traced steps and their devices, by the names in
-    `FIGURES`.
+    """Return the share of step wall time that each class has over traced steps and their devices,
+    by the names in `FIGURES`.
 
     The shares are measured, of the steps that were traced; `busy` speaks of the whole run by them:
     estimated.

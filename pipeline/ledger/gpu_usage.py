@@ -85,7 +85,9 @@ class _Energy:
 
 
 def summed(own: _Own, elapsed_ns: int) -> Usage:
-    """Return the usage of a window of `elapsed_ns` from the intervals of every device in it."""
+    """Return the usage of a window of `elapsed_ns` from the intervals of every device in it: joules
+    add over devices, shares are means, peaks are maxima.
+    """
     energy = _energy(own, elapsed_ns / 1e9)
     every = [each for _, intervals in own for each in intervals]
     reasons = {word for bit, word in LOWERING.items() if any(each.throttle & bit for each in every)}

@@ -112,8 +112,8 @@ def read_events(path: Path, *, checked: bool = False) -> list[Event]:
 
 
 def read_new(path: Path, offset: int, *, checked: bool = False) -> tuple[list[Event], int]:
-    """Return the events behind byte `offset`, and the byte to go on from; a line still being
-    written waits.
+    """Return the events after the first `offset` bytes, and the offset to go on from; a line still
+    being written waits.
     """
     if not path.is_file():
         return [], 0

@@ -180,14 +180,14 @@ class Pressure:
 
     @property
     def unused(self) -> int:
-        """Held by torch and in no tensor. Before it gives up torch returns what it can: this is in
-        pieces.
+        """Bytes held by torch and in no tensor. Before it gives up torch returns what it can: this
+        is in pieces.
         """
         return self.reserved - self.allocated
 
     @property
     def elsewhere(self) -> int | None:
-        """Held by other processes, and by CUDA itself."""
+        """Bytes held by other processes, and by CUDA itself."""
         return (
             None
             if self.free is None or self.total is None
@@ -238,7 +238,7 @@ def is_of_device(error: BaseException) -> bool:
 
 
 def asked_bytes(error: BaseException) -> int | None:
-    """Return the size of the allocation that failed, or None where the message does not tell."""
+    """Return the bytes of the allocation that failed, or None where the message does not tell."""
     found = _ASKED.search(str(error))
     return None if found is None else round(float(found[1]) * UNITS[found[2]])
 

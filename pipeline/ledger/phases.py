@@ -78,15 +78,15 @@ class PhaseClock:
 
 
 def difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
-    """Return `after - before` by phase, without the phases in which no time passed."""
+    """Return `after - before` by phase in nanoseconds, without phases in which no time passed."""
     return {
         name: ns - before.get(name, 0) for name, ns in after.items() if ns != before.get(name, 0)
     }
 
 
 def total(*parts: dict[str, int], times: int = 1) -> dict[str, int]:
-    """Return the sum of self times by phase, each taken `times` times (devices); empty phases are
-    left out.
+    """Return the sum of self times by phase in nanoseconds, each taken `times` times (devices);
+    empty phases are left out.
     """
     names = dict.fromkeys(name for part in parts for name in part)
     sums = {name: times * sum(part.get(name, 0) for part in parts) for name in names}

@@ -60,7 +60,7 @@ class Life:
 
     @property
     def elapsed_ns(self) -> int:
-        """Its length."""
+        """Its length in nanoseconds: the sum of its phases."""
         return self.end_ns - self.start_ns
 
 
@@ -193,8 +193,8 @@ def _cut(life: Life, start_ns: int, end_ns: int) -> Life | None:
 
 
 def apportion(parts: Mapping[str, int], whole: int) -> dict[str, int]:
-    """Return `parts` scaled to sum to `whole` exactly; what rounding leaves goes to the largest
-    fractions.
+    """Return `parts` (nanoseconds) scaled to sum to `whole` exactly; what rounding leaves goes to
+    the largest fractions.
     """
     have = sum(parts.values())
     if have == 0:
@@ -208,8 +208,8 @@ def apportion(parts: Mapping[str, int], whole: int) -> dict[str, int]:
 
 
 def counts(lives: Iterable[Life]) -> dict[str, Value]:
-    """Return what the program counted: sums over ranks, the most steps of any rank; null where it
-    counted nothing.
+    """Return what the program counted: tokens, examples and FLOPs as sums over ranks, the most
+    steps of any rank; null where it counted nothing.
     """
     lives = list(lives)
     found = {name: _sum(lives, key) for name, key in _SUMMED.items()}

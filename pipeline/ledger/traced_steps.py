@@ -115,9 +115,7 @@ class StepTracer:
         self._notes: list[str] = []
 
     def opens_at(self, number: int) -> bool:
-        """Tell whether tracing begins with this step: it is sampled, or the lead-in of one that
-        is.
-        """
+        """Tell whether tracing begins with this step: it is sampled, or precedes one that is."""
         wanted = number in self._steps or number + 1 in self._steps
         return wanted and self._profiler is None and not self._failed
 

@@ -203,7 +203,7 @@ def is_quantized(module: torch.nn.Module) -> bool:
 
 
 def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Return what is left of a weight (out, in), by the library's own rounding."""
+    """Return what is left of a weight by the library's own rounding, in its shape and dtype."""
     import torch
     from torchao.quantization import quantize_
 

@@ -178,7 +178,7 @@ def is_quantized(module: torch.nn.Module) -> bool:
 
 
 def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Return what is left of a weight (out, in), by the library's own rounding."""
+    """Return what is left of a weight by the library's own rounding, in its shape and dtype."""
     from bitsandbytes import functional
 
     if fmt is Format.int8:

@@ -48,7 +48,7 @@ class Adapters:
 
 
 class LowRank(nn.Module):
-    """Adds to a weight what its adapters amount to: nothing, at the beginning."""
+    """Adds the product of two low-rank matrices to a weight (out, in); it is 0 before training."""
 
     def __init__(self, weight: Tensor, adapters: Adapters) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class LowRank(nn.Module):
 
 
 class RoundedWeight(nn.Module):
-    """Gives a weight as `fmt` would leave it; the gradient is that of the weight itself."""
+    """Rounds a weight as `fmt` would; the gradient passes through as if it were not rounded."""
 
     def __init__(self, fmt: Format, dtype: torch.dtype, *, transposed: bool) -> None:
         super().__init__()
@@ -152,7 +152,10 @@ def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
 
 
 def int8_by_token(inputs: Tensor) -> Tensor:
-    """Round (..., in) to 8-bit integers with a scale for each token, as torchao does."""
+    """Round (..., in) to 8-bit integers with a scale for each token, as torchao does.
+
+    Shape and dtype stay; the values are those that 8 bits and the scale can hold.
+    """
     # (..., 1): one a token
     scale = inputs.abs().amax(-1, keepdim=True).float().clamp_min(1e-5) / INT8_HALF_RANGE
     return ((inputs / scale).round().clamp(-128, 127) * scale).to(inputs.dtype)
@@ -162,8 +165,9 @@ def int8_but_outliers(inputs: Tensor) -> Tensor:
     """Round as LLM.int8() does: in fp16, by token, leaving alone the columns in which any token
     reaches `OUTLIER`.
 
-    A token's scale is that of its largest value below `OUTLIER`, in whatever column that is. Left
-    alone where the library does not round on this device (`rounds_inputs`).
+    A token's scale is that of its largest value below `OUTLIER`, in whatever column that is. Shape
+    (..., in) and dtype stay. Left alone where the library does not round on this device
+    (`rounds_inputs`).
     """
     if not rounds_inputs(inputs.device.type):
         return inputs
@@ -200,7 +204,7 @@ def rounds_inputs(device: str) -> bool:
 
 
 def float8_by_token(inputs: Tensor) -> Tensor:
-    """Round (..., in) to float8 (e4m3) with a scale for each token."""
+    """Round (..., in) to float8 (e4m3) with a scale for each token; shape and dtype stay."""
     largest = torch.finfo(FLOAT8).max
     scale = inputs.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / largest
     return ((inputs / scale).clamp(-largest, largest).to(FLOAT8).float() * scale).to(inputs.dtype)

@@ -187,7 +187,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def abbreviate(names: Sequence[str], most: int = 6) -> str:
-    """Return names as a line can hold them: the first few, and how many more."""
+    """Return the first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more
 

@@ -63,8 +63,8 @@ def auto_class(task: Task) -> Any:
 def make_probes(
     vocabulary_size: int, max_tokens: int = PROBE_TOKENS, end: int | None = None
 ) -> Probes:
-    """Return the fixed inputs: a sequence, the same again (a first forward may change weights), and
-    a single token.
+    """Return the fixed inputs, by ids of tokens: a sequence, the same again (a first forward may
+    change weights), and a single token.
 
     A single token is its own case because kernels treat it as one (decoding).
 

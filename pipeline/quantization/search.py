@@ -42,7 +42,7 @@ class Trial:
     memory_ratio: float
 
     def cost(self, prefer: Prefer) -> float:
-        """Return what the search makes small; below 1 is a saving."""
+        """Return what the search makes small: seconds or bytes over the unquantized model's."""
         return self.time_ratio if prefer is Prefer.time else self.memory_ratio
 
     def to_json(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def refuse_too_large(model: Any, fmt: Format, key: str) -> None:
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
-    """Return whether a module's own weights are in 16 bits."""
+    """Return whether a module's own weights have a 16-bit dtype."""
     import torch
 
     return any(
@@ -102,5 +102,5 @@ def is_quantized(module: torch.nn.Module) -> bool:
 
 
 def round_trip(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Return what is left of a weight."""
+    """Return what is left of a weight, in its own shape and dtype."""
     return weight.to(torch_dtype(fmt)).to(weight.dtype)

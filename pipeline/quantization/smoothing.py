@@ -45,7 +45,7 @@ class Pair:
 
 
 def find_pairs(model: Any) -> list[Pair]:
-    """Return what can be smoothed, in the model's order."""
+    """Return what can be smoothed, in the model's order; norms have weights of shape (H,)."""
     pairs: list[Pair] = []
     for name, block in model.named_modules():
         for norm, readers in READS:
@@ -80,7 +80,7 @@ def _at(module: Any, path: str) -> Any | None:
 
 
 def smooth(model: Any, batches: Sequence[torch.Tensor], *, strength: float, key: str) -> list[str]:
-    """Smooth `model` in place; return the names of the norms that gave their outliers away.
+    """Smooth `model` in place; return the names of the norms that were smoothed.
 
     Args:
         model: In evaluation mode and fp32.

@@ -75,7 +75,7 @@ class Yardstick:
     def score(
         self, model: Any, encoded: Sequence[Encoded], other: Any = None
     ) -> tuple[float, float]:
-        """Return the primary metric and, with `other`, the KL from it."""
+        """Return the primary metric and, with `other`, the KL from it, nats a token or example."""
         more: dict[str, Any] = {
             "batch_size": self.run.quality.batch_size,
             "device": self.device,

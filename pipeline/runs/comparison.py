@@ -406,7 +406,9 @@ def _dtype_word(how: str) -> str:
 
 
 def _loud(running: Running, served: ServePass) -> str | None:
-    """Return why a comparison pass compares no times, or None; a gate has its policy for that."""
+    """Return why times of a comparison pass are not compared (others took too much of the device),
+    or None; a gate has its policy for that.
+    """
     if running.session.gate is not None or "foreign_load" not in served.conditions:
         return None
     said = tolerance(running).too_much(Value.from_json(served.conditions["foreign_load"]))

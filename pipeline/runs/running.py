@@ -13,7 +13,7 @@ from pipeline.runs.timeline import Timeline
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """The three parts of a run in progress, and what its end has to let go of.
+    """The three parts of a run in progress, and what its end has to release.
 
     Attributes:
         lock: Of the run's folder.

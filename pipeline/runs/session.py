@@ -70,5 +70,5 @@ class Session:
 
     @property
     def scored_length(self) -> int:
-        """Tokens of a window that is scored."""
+        """Length of a scored window, in tokens."""
         return scored_length(self.run)

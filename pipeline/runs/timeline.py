@@ -190,8 +190,8 @@ class Timeline:
         return self.spans[number].devices if number in self.spans else self.session.devices
 
     def usage(self, arm: str, seed: int, *kinds: Kind) -> Usage:
-        """Return what the devices did in an arm's windows of these kinds in this attempt, so
-        far.
+        """Return what the devices did (joules, shares, clocks) in an arm's windows of these kinds
+        in this attempt, so far.
         """
         number = self.session.number
         own = [

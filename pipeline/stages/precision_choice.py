@@ -56,8 +56,8 @@ class Tried:
     losses: list[float] = field(default_factory=list)
 
     def apart(self, reference: Tried) -> float:
-        """Return the mean distance of its losses from the reference's, over the mean of those;
-        infinite for NaN.
+        """Return the mean distance of its losses from the reference's, as a share of the mean of
+        those; infinite for NaN.
         """
         ours, theirs = np.array(self.losses), np.array(reference.losses)
         # Step by step, so that losses above and below fp32's do not cancel.
@@ -65,8 +65,8 @@ class Tried:
         return apart if math.isfinite(apart) else math.inf
 
     def time_ratio(self, reference: Tried) -> tuple[float, float, float]:
-        """Return its time over the reference's, the mean of log-ratios over rounds, with a t
-        interval at 90%.
+        """Return its seconds a step over the reference's, the mean of log-ratios over rounds, with
+        a t interval at 90%.
         """
         count = min(len(self.seconds), len(reference.seconds))
         logs = np.log(np.array(self.seconds[:count]) / np.array(reference.seconds[:count]))

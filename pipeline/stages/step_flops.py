@@ -202,8 +202,8 @@ class StepFlops:
         return 0.0, 0.0
 
     def own_per_step(self, text: Batches, steps: int) -> float:
-        """Return what steps of text take without a teacher, the mean of the first few: windows are
-        of one length.
+        """Return the FLOPs that a step of text takes without a teacher, the mean of the first few:
+        windows are of one length, in tokens.
         """
         first = [self(text.batch(step))[0] for step in range(min(steps, FEW))]
         return sum(first) / len(first)

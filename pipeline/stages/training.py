@@ -577,7 +577,9 @@ def make_batches(
 def validation_reading(
     model: Any, tokenizer: Any, settings: TrainingConfig, precision: Any, ctx: Context
 ) -> Callable[[], float]:
-    """Return what reads the primary metric of a model in memory on validation, as training does."""
+    """Return a function that reads the primary metric of a model in memory on validation, as
+    training does.
+    """
     # By digest: every arm and every attempt reads the same ones.
     documents = sorted(ctx.data.splits["validation"], key=lambda document: document.digest)
     count = settings.eval_documents or ctx.run.task.kind.validation_documents

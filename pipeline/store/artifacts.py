@@ -86,8 +86,8 @@ def digest_folder(folder: Path) -> tuple[str, int]:
 
 
 def digest_given(folder: Path) -> tuple[str, int]:
-    """Return `digest_folder` of a model that lies elsewhere, read once a process for as long as no
-    file changes.
+    """Return `digest_folder` (digest, bytes) of a model that lies elsewhere, read once a process
+    for as long as no file changes.
     """
     # Names, sizes and times stand for contents here: hashing gigabytes takes seconds.
     files = sorted(path for path in folder.rglob("*") if path.is_file())

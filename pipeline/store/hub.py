@@ -20,7 +20,8 @@ def offline_without_network() -> str | None:
     """Return why the Hub cannot be reached, and have its library work offline then; None where it
     can be, or may be.
 
-    A proxy is asked nothing: who set one knows the way.
+    Where a proxy is set nothing is probed: a direct connection may fail although the Hub can be
+    reached.
     """
     from huggingface_hub import constants
 

@@ -35,8 +35,8 @@ def checksum(verdict: Mapping[str, Any]) -> str:
 
 
 def as_recorded(written: Mapping[str, Any]) -> Verdict:
-    """Return a verdict as it was recorded first, from what was written of it (then, or when it was
-    given again).
+    """Return a verdict in the form that was recorded and checksummed, also from a run that only
+    repeated it.
     """
     first = without(written, "recorded", *BESIDE)
     first["run_id"] = written.get("recorded", written["run_id"])

@@ -1,6 +1,4 @@
-"""Waiting is seen: whoever waits longer than two seconds reads for what, and for how long
-already.
-"""
+"""Say what a process waits for, and for how long already, once it has waited two seconds."""
 
 from __future__ import annotations
 

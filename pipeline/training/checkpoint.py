@@ -38,7 +38,7 @@ class TrainedPart:
         }
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the parameters by name."""
+        """Return the parameters by name, each in its own dtype and shape, without a copy."""
         return {name: each.detach() for name, each in self._trained.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor], *, strict: bool) -> None:

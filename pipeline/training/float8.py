@@ -47,6 +47,9 @@ def why_not_float8(precision: Precision, device: torch.device) -> str | None:
 def wide_layers(model: Any, least_width: int) -> tuple[list[str], list[str]]:
     """Return the names of the body's linear layers that float8 takes, and of those that it leaves
     alone.
+
+    A layer is taken where both sides of its shape (out, in) are at least `least_width` and
+    multiples of 16.
     """
     linear = [
         (name, layer)

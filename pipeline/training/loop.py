@@ -45,7 +45,10 @@ SMOOTHING = 0.9
 
 @dataclass(slots=True)
 class Progress:
-    """All state of a training run beside weights, optimizer and generators; plain JSON."""
+    """All state of a training run beside weights, optimizer and generators; plain JSON.
+
+    Counts are over all steps so far; times are integer nanoseconds.
+    """
 
     step: int = 0
     examples: int = 0
@@ -66,7 +69,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the loop asks of its surroundings."""
+    """What the loop calls: the stage around it validates, counts FLOPs, journals and stops."""
 
     validate: Callable[[], float]
     flops: Callable[[dict[str, Tensor]], tuple[float, float]]  # the model's own, its teacher's
@@ -84,7 +87,7 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a micro-batch says of the loss, on its way to the host.
+    """Losses of a micro-batch, being copied to the host.
 
     Attributes:
         values: Mean loss, sums of cross-entropy and divergence over the targets, and the parts of
@@ -93,7 +96,7 @@ class Reading:
         event: The device has passed it when `values` are there; None where there is nothing to wait
             for.
         ce_weight: Of the hard labels in the loss.
-        drawn: Names of what the teacher's inside has in the loss.
+        drawn: Names of the loss parts from inside the teacher: `hidden`, `relations`.
         kind: What was read: `text`, or `sampled` from the student.
     """
 
@@ -136,7 +139,7 @@ class _Loop:
         clock: PhaseClock,
         hooks: Hooks,
     ) -> _Loop:
-        """Return the loop of a model that no step was taken of."""
+        """Return the loop of a model before its first step."""
         masters = masters_of(model, objective.precision)
         trained = (
             [p for p in model.parameters() if p.requires_grad]
@@ -407,7 +410,7 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path) -> None:
 
 
 def steps_between_evaluations(settings: TrainingConfig) -> int:
-    """Return after how many steps each the model is evaluated: five times, unless declared."""
+    """Return how many steps lie between two evaluations: a fifth of all, unless declared."""
     return settings.eval_every or max(1, math.ceil(settings.steps / 5))
 
 
@@ -421,8 +424,8 @@ def _joined(batch: dict[str, Tensor], parts: list[dict[str, Tensor]]) -> dict[st
 
 
 def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "text") -> Reading:
-    """Send what a micro-batch says to the host without waiting; `item()` would wait for all that
-    was launched since.
+    """Start the copy of a micro-batch's losses to the host without waiting for it; `item()` would
+    wait for all that was launched since.
     """
     parts = (done.loss, done.parts.ce, done.parts.divergence, *done.drawn.values())
     # One tensor means one copy to the host.

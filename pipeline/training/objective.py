@@ -167,7 +167,9 @@ class Objective:
             self.vocabulary = self.cached.cache.vocabulary
 
     def at(self, step: int) -> None:
-        """Minimise what is minimised at this step from now on."""
+        """Use the loss of this step from now on: temperature and weights may change over a
+        training.
+        """
         if self.losses is not None:
             self.loss = self.losses(step)
 
@@ -189,7 +191,7 @@ class Objective:
         return said
 
     def completed(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Return a batch as it is, or where it holds prompts, what the model writes after them."""
+        """Return a batch as it is; one of prompts with what the model writes after them."""
         if PROMPT_MASK not in batch:
             return batch
         assert self.writing is not None
@@ -198,7 +200,13 @@ class Objective:
             return write(self.model, prompts, mask, self.writing, step)
 
     def __call__(self, batch: dict[str, Tensor]) -> StepLoss:
-        """Return the loss of `batch` (CPU tensors as the batches give them)."""
+        """Return the loss of `batch`.
+
+        Args:
+            batch: CPU tensors as the batches give them: `input_ids`, (B, T) int64, and what the
+                task has beside them; `labels` are (B, T) with `IGNORE` where nothing is predicted,
+                or (B,) of examples; with a cache also `windows`, (B,).
+        """
         said = None
         if self.cached is not None:
             with self.clock.phase("data_wait"):
@@ -329,7 +337,7 @@ class Objective:
         may_read: Tensor | None,
         weights: Tensor,
     ) -> StepLoss:
-        """Return the loss with the parts that the teacher's inside has in it."""
+        """Return the loss with the parts for hidden states and attention relations added."""
         drawn: dict[str, Tensor] = {}
         if self.hidden is not None:
             drawn["hidden"] = self.hidden.weight * self.hidden(ours.states, theirs.states, weights)
@@ -394,8 +402,8 @@ class Objective:
 
 @dataclass(slots=True)
 class _Inside:
-    """What one model computed on the way: each layer's states, and the projections of the layer
-    that is read.
+    """What one model computed on the way: the states of each layer, and the projections (queries,
+    keys, values) of the layer that relations are read from.
     """
 
     states: Sequence[Tensor] = ()
@@ -672,7 +680,7 @@ def _head(model: Any, task: Task, head: Transform | Unknown | None) -> Transform
 
 
 def columns_of(model: Any, head: Transform | Unknown) -> int:
-    """Return how many logits a language model gives of a token."""
+    """Return how many logits a language model gives of a token: the last dimension of (B, T, V)."""
     return head.columns if isinstance(head, Unknown) else Head.of(model, head).columns
 
 
@@ -727,8 +735,8 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
 
 
 def parameter_hash(model: Any) -> str:
-    """Return a SHA-256 over all parameters and buffers: equal before and after, the model was
-    frozen.
+    """Return a SHA-256 over the bytes of all parameters and buffers: equal before and after, the
+    model was frozen.
     """
     whole = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

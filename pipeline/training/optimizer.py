@@ -33,7 +33,10 @@ IMPORTED = {
 def make_optimizer(
     parameters: list[Tensor], settings: TrainingConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """Return AdamW over `parameters`; biases and norms (one dimension) are not decayed."""
+    """Return AdamW over `parameters`; biases and norms (one dimension) are not decayed.
+
+    Its moments have the parameters' shapes, in their dtype or in 8 bits.
+    """
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -81,7 +84,7 @@ class MasterWeights:
             parameter.data = parameter.data.bfloat16()
 
     def take_gradients(self) -> None:
-        """Add the model's gradients to the masters', and clear them."""
+        """Add the model's bf16 gradients to the masters' in fp32, and clear them."""
         for parameter, master in zip(self.own, self.masters, strict=True):
             if parameter.grad is None:
                 continue
@@ -99,7 +102,7 @@ class MasterWeights:
                 parameter.copy_(master)
 
     def restore(self) -> None:
-        """Give the model its fp32 weights back."""
+        """Give the model its weights back in dtype fp32: the masters themselves, not copies."""
         for parameter, master in zip(self.own, self.masters, strict=True):
             parameter.data = master.data
 

@@ -64,8 +64,9 @@ def compute_dtype(precision: Precision) -> torch.dtype:
 
 
 def frozen(precision: Precision, device: torch.device) -> Precision:
-    """Return what a frozen model beside a training runs in: it has no master weights, and nothing
-    is tried on it.
+    """Return the precision of a frozen model beside a training (a teacher). `auto`, `bf16_pure` and
+    float8 become bf16, or fp32 where the device has no bf16: a frozen model needs no master
+    weights.
     """
     # These say how weights are kept or layers trained; for a frozen model bf16 is the nearest.
     if precision in (Precision.bf16_pure, Precision.auto, *RECIPES):
@@ -75,7 +76,10 @@ def frozen(precision: Precision, device: torch.device) -> Precision:
 
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Generator[None]:
-    """Compute in `precision` inside: autocast for 16 bits, tf32 or IEEE fp32 matmuls otherwise."""
+    """Compute in `precision` inside: autocast for 16 bits, tf32 or IEEE fp32 matmuls otherwise.
+
+    Weights keep their dtype: autocast rounds what enters a matmul.
+    """
     with (
         matmuls(precision, device),
         torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST),

@@ -19,7 +19,11 @@ AHEAD = 2  # steps made beforehand
 
 
 class Batches(Protocol):
-    """What a training reads: batches as a pure function of the step."""
+    """What a training reads: batches as a pure function of the step.
+
+    A batch is a dict of CPU tensors whose first dimension counts its rows: (B, T) tokens, (B,)
+    classes.
+    """
 
     def batch(self, step: int) -> dict[str, Tensor]: ...
 

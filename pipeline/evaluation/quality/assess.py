@@ -160,9 +160,7 @@ def _of_tasks(model: Any, tokenizer: Any, config: QualityConfig, items: Path, se
 
 
 def _no_tasks(config: QualityConfig, items: Path, why: str) -> Quality:
-    """Return nulls with the reason for what lm-eval was to find; its own qualities are there
-    already.
-    """
+    """Return nulls with the reason for the metrics of lm-eval's tasks; the other figures stay."""
     from pipeline.evaluation.quality.tasks import asked_metrics
 
     nothing = null(unmeasured("lm-eval's tasks", why)), None
@@ -366,7 +364,11 @@ def entry_of(
 
 
 def write_items(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write one JSON object per document; the file appears whole or stays as it was."""
+    """Write one JSON object per document; the file appears whole or stays as it was.
+
+    Args:
+        arrays: By column, shape (D,) each.
+    """
     rows = zip(*(column.tolist() for column in arrays.values()), strict=True)
     with _replacing(path) as file:
         file.writelines(

@@ -43,7 +43,9 @@ def write_identity(items: Path, **facts: str) -> None:
 
 
 def read_identity(items: Path) -> dict[str, Any] | None:
-    """Return the note of per-document values; None where there is none that says all three."""
+    """Return the note of per-document values; None where data, split or evaluation is missing from
+    it.
+    """
     note = read_json(about(items))
     return (
         note
@@ -53,8 +55,8 @@ def read_identity(items: Path) -> dict[str, Any] | None:
 
 
 def values_digest(items: Path) -> str:
-    """Return what per-document values are known by: what their lines say, in whatever order and
-    spelling.
+    """Return a digest of per-document values that depends neither on the order of lines nor on how
+    JSON is spelt.
     """
     content = read_bytes(items, limit=MAX_ITEMS)
     try:

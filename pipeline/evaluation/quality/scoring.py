@@ -119,7 +119,7 @@ class CausalScores:
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        """What is kept of each document, by name."""
+        """What is kept of each document, by name: shape (D,) each."""
         return {name: getattr(self, name) for name in CAUSAL_COLUMNS}
 
 
@@ -139,7 +139,7 @@ class ExampleScores:
 
     @property
     def predictions(self) -> np.ndarray:
-        """What the model says of each example, as its task keeps it."""
+        """What the model says of each example, shape (D,), as its task keeps it."""
         return self.columns["prediction"]
 
 

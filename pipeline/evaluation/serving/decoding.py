@@ -50,7 +50,7 @@ class Decoder(Protocol):
 
 
 class Growing:
-    """A key-value cache that grows by a token a step.
+    """A key-value cache that grows by a token a step; tokens are (B, 1), prompts (B, T).
 
     Args:
         forward: Of the model.

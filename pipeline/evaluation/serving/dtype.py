@@ -100,7 +100,7 @@ class DtypeChoice:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """As torch has it; None: fp32."""
+        """The torch dtype; None: fp32."""
         return None if self.served is None else torch_dtype(self.served)
 
     @property

@@ -313,7 +313,7 @@ def _joules(
 
 
 def check_load(server: Server, load: ServingLoad, prompts: Sequence[np.ndarray]) -> None:
-    """Refuse a load or prompts that a model cannot serve.
+    """Refuse a load or prompts that a model cannot serve: too many tokens, or unknown ones.
 
     Raises:
         UserError: Naming the setting.

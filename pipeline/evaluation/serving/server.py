@@ -83,7 +83,7 @@ class Server:
 
     @property
     def dtype(self) -> str:
-        """The arithmetic it serves in, as the result names it."""
+        """The dtype it serves in, as the result names it."""
         quantized = getattr(self.model.config, "quantization_config", None) is not None
         return str(self.model.dtype).removeprefix("torch.") + (
             ", quantized weights" if quantized else ""

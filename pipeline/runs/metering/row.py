@@ -52,7 +52,7 @@ class Facts:
 
     @property
     def elapsed_ns(self) -> int:
-        """The command's life."""
+        """Nanoseconds of the command's life."""
         return self.end_ns - self.start_ns
 
 
