@@ -58,8 +58,8 @@ first one is.
 class Windows(Protocol):
     """Packed windows or padded examples, by number (`data/batches.py`).
 
-    `rows` gives the numbers of a step's windows, int64 (B,). `read` gives their tensors, (B, T)
-    each. `content` gives the bytes that a window's digest is taken over.
+    `rows` gives the numbers of a step's windows, (B,). `read` gives their tensors, (B, T) each.
+    `content` gives the bytes that a window's digest is taken over.
     """
 
     num_rows: int

@@ -163,8 +163,7 @@ class _FusedHead(torch.autograd.Function):
             )
             sums.ce.add_(some.ce)
             sums.divergence.add_(some.divergence)
-            # Before the next products: two chunks of teacher logits would not fit beside each
-            # other.
+            # Frees the teacher's chunk before the products below ask for memory.
             del theirs
             if grad_hidden is not None:
                 grad_hidden[part] = tile @ student.weight  # (n, H_s)

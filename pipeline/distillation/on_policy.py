@@ -74,7 +74,7 @@ def _sample(
     model: Any, ids: Tensor, mask: Tensor, writing: Writing, step: int
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens written, (B, G) int64, and how many of each row count, (B,)."""
-    # Logits of the whole prompt, (B, P, V), would be made to be thrown away.
+    # Without this a model makes logits of the whole prompt, (B, P, V), of which the last are used.
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     last_only: dict[str, int] = {"logits_to_keep": 1} if keeps else {}
     # A generator of its own, from seed and step: a resumed run writes the same, and the training's

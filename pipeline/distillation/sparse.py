@@ -178,7 +178,7 @@ class TopK:
         ids = torch.from_numpy(_from_bytes(columns["ids"]).astype(np.int64).reshape(-1, self.k))
         p = torch.from_numpy(columns["probabilities"].astype(np.float32).reshape(-1, self.k))
         residual = torch.from_numpy(columns["residual"].copy())
-        # Probabilities that do not sum to 1 would pull the student's sum away from 1, too.
+        # Otherwise the gradient q - p would not sum to 0 over the tokens.
         p = p * ((1 - residual) / p.sum(-1).clamp_min(torch.finfo(p.dtype).tiny))[:, None]
         entropy = torch.special.entr(p).sum(-1) + torch.special.entr(residual)
         return Sparse(ids, p, entropy, residual)

@@ -81,7 +81,8 @@ class FlopsPerSequence:
         The head reads one position in each; a new token attends to all before it and to itself.
         """
         read = prompt + new - 1
-        # Query-key pairs: the prompt against itself, then new tokens against 1 more each time.
+        # Query-key pairs: the prompt against itself, then each new token against one more than
+        # before.
         pairs = prompt**2 + (read * (read + 1) - prompt * (prompt + 1)) // 2
         return self.constant + self.linear * read + self.square * pairs + self.predicted * new
 

@@ -175,8 +175,8 @@ def total(parts: Iterable[float | None]) -> float | None:
 
 
 def mean(own: Sequence[Interval], read: Callable[[Interval], float | None]) -> float | None:
-    """Return the mean weighted by time; None where it is missing for more than 1% of the time and
-    0.1 seconds.
+    """Return the mean weighted by time; None where it is missing for more than 1% of the time (or
+    0.1 seconds, if that is more).
     """
     values = [(v, each.elapsed_ns) for each in own if (v := read(each)) is not None]
     known_ns, whole_ns = sum(ns for _, ns in values), sum(each.elapsed_ns for each in own)

@@ -108,8 +108,8 @@ def fake_quantize(
         if adapters is not None:
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, adapters))
         rounded = RoundedWeight(fmt, dtype, transposed=layer.transposed)
-        # After the adapters: what is rounded is their sum. `unsafe`: not
-        # checked at registration.
+        # After the adapters: what is rounded is their sum. With `unsafe` torch does not check shape
+        # and dtype at registration.
         parametrize.register_parametrization(module, "weight", rounded, unsafe=True)
         if fmt in ACTIVATIONS:
             hooks.append(_round_inputs(module, ACTIVATIONS[fmt]))
@@ -138,7 +138,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:  # pyright: ignore
-        # A copy, because autograd takes an input that is returned for a view of it.
+        # A copy: autograd would take a returned input for a view of itself.
         return rounded.to(value.dtype, copy=True)
 
     @staticmethod

@@ -202,8 +202,7 @@ def _try_all(
                 # Of the first round alone: the others repeat the same steps.
                 each.losses = each.losses or losses
                 limit_s = max(limit_s, SHARE * settings.steps * each.seconds[-1])
-            # the next would go beyond it
-            # Rounds take about as long as each other.
+            # Rounds take about as long as each other: the next one would go beyond the limit.
             if (now_ns() - started_ns) / 1e9 > limit_s * (number + 1) / (number + 2):
                 return
     except torch.OutOfMemoryError as error:

@@ -203,7 +203,7 @@ class StepFlops:
 
     def own_per_step(self, text: Batches, steps: int) -> float:
         """Return the FLOPs that a step of text takes without a teacher, the mean of the first few:
-        windows are of one length, in tokens.
+        windows are of one length.
         """
         first = [self(text.batch(step))[0] for step in range(min(steps, FEW))]
         return sum(first) / len(first)
