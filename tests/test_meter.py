@@ -102,6 +102,19 @@ def until(what: Callable[[], Any], seconds: float = 30) -> Any:
 # -- programs that end well -----------------------------------------------------------------------
 
 
+def test_the_meter_itself_imports_nothing_heavy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A metered command would wait for it, and its hours would not tell."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    code, _, said = run(tmp_path, "true")
+    rows = [row.rpartition("|")[2].strip() for row in said.splitlines() if "|" in row]
+    imported = {row.partition(".")[0] for row in rows}
+    assert code == 0
+    assert "pipeline" in imported  # the listing was read
+    assert imported.isdisjoint({"torch", "transformers", "mlflow", "numpy"})
+
+
 def test_a_plain_torch_script_reaches_mlflow_with_its_phases(root: Path) -> None:
     options = (
         "--name",

@@ -62,6 +62,11 @@ def is_gpu(kind: str) -> bool:
     return kind in KINDS and KINDS[kind].is_gpu
 
 
+def toolkit_names() -> list[str]:
+    """Return what `toolkits` names, without torch: importing it takes seconds."""
+    return [kind.toolkit for kind in KINDS.values() if kind.toolkit is not None]
+
+
 def toolkits() -> dict[str, str | None]:
     """Return the releases of the libraries that torch was built with for its devices, by name."""
     return {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.settings.cost import CostConfig
-from pipeline.ledger.devices.table import toolkits
+from pipeline.ledger.devices.table import toolkit_names
 from pipeline.ledger.disturbance import Disturbance, of_device, of_host
 from pipeline.ledger.disturbance import unread as disturbance_unread
 from pipeline.ledger.memory import unread
@@ -212,5 +212,5 @@ def _placement(start: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "scheduler": scheduler,
         "torch": None,
-        **dict.fromkeys(toolkits()),
+        **dict.fromkeys(toolkit_names()),
     }
