@@ -160,6 +160,7 @@ def test_a_run_is_refused_before_any_work(tmp_path: Path, setting: str, problem:
     assert not (tmp_path / "mlruns" / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_shows_declared_figures_apart_and_says_how_it_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

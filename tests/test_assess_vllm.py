@@ -119,6 +119,7 @@ def test_where_it_is_not_installed_the_check_says_so(artifact: Path) -> None:
     assert checked.to_json()["outcome"] == "not run here"
 
 
+@pytest.mark.slow
 def test_its_mean_is_set_beside_our_own_on_the_same_tokens(artifact: Path, fake: Path) -> None:
     clock = PhaseClock()
     checked = ask(artifact, clock)
@@ -252,6 +253,7 @@ def test_a_model_is_shown_its_own_device_and_what_is_free_of_it(
 # -- in a run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_tells_it_charges_it_and_ends_with_3_where_it_disagrees(
     tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

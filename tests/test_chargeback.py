@@ -401,6 +401,7 @@ def test_a_metered_program_s_waste_is_what_the_runs_inside_it_tell(root: Path) -
     assert float(group["waste_share"]) == pytest.approx(wasted_h / inner_h)
 
 
+@pytest.mark.slow
 def test_a_recipe_under_a_meter_is_charged_once(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

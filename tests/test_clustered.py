@@ -61,6 +61,7 @@ def loss_of_a_million(draw: Any) -> float:
 simulated.true_loss = loss_of_a_million
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", simulated.scenarios(), ids=lambda each: each.name)
 def test_the_gate_keeps_what_it_promises(scenario: simulated.Scenario) -> None:
     """Fewer than 1 in 10,000 of these would fail by chance if the promise is kept exactly."""

@@ -113,6 +113,7 @@ def test_what_will_be_measured_is_not_learnt(tmp_path: Path, prompt: str, comple
         check_apart(read_completions(written(tmp_path, [row]), DataConfig(), KEY), data, KEY)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_them_without_a_teacher_and_says_what_is_not_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

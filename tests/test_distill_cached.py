@@ -159,6 +159,7 @@ def test_the_same_command_again_reuses_the_capture_and_a_damaged_cache_is_captur
     assert third["student"]["reused"] == first["run_id"]
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_a_capture_that_is_terminated_goes_on_and_its_hours_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

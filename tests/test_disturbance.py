@@ -176,6 +176,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_again(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,6 +135,7 @@ def test_batches_that_grow_take_the_steps_that_read_all(start: int, fraction: fl
         assert 2 * rows <= first_row(settings.steps, settings) <= 2 * rows + 5 * 16
 
 
+@pytest.mark.slow
 def test_teacher_cache_and_student_agree_on_the_steps_of_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

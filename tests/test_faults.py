@@ -127,6 +127,7 @@ cli.main(sys.argv[1:], started_ns=time.monotonic_ns())
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_before_its_checkpoint_is_journaled_is_gone_on_with(
     tmp_path: Path,
 ) -> None:
@@ -188,6 +189,7 @@ def test_the_same_command_of_another_owner_is_a_run_of_its_own(tmp_path: Path) -
     assert {row["ledger"]["identity"]["team"] for row in second["rows"]} == {"blue"}
 
 
+@pytest.mark.slow
 def test_a_multirun_ends_with_its_worst_code_and_runs_all(tmp_path: Path) -> None:
     done = run(
         tmp_path,
@@ -226,6 +228,7 @@ def test_a_signal_ends_the_whole_multirun(
     assert [result["status"] for result in results(tmp_path)] == ["KILLED"]
 
 
+@pytest.mark.slow
 def test_a_signal_between_the_jobs_of_a_multirun_ends_it_too(tmp_path: Path) -> None:
     process = start(
         tmp_path, "-m", "recipe=baseline", *SMALL, "training.steps=2", "seed=0,1,2,3,4,5,6,7"

@@ -100,7 +100,7 @@ def server(answer: Answer) -> Generator[str]:
 
     served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     served.handle_error = lambda *_: None  # type: ignore[method-assign]  # it hung up on purpose
-    thread = threading.Thread(target=served.serve_forever, daemon=True)
+    thread = threading.Thread(target=served.serve_forever, args=[0.01], daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{served.server_address[1]}"

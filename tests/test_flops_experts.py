@@ -321,6 +321,7 @@ TINY = [
 BYTES = {"vocab_size": len(byte_tokenizer()), "bos_token_id": 1, "eos_token_id": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Qwen3MoeConfig", "MixtralConfig"])
 def test_a_mixture_is_distilled_and_its_active_share_is_said(tmp_path: Path, name: str) -> None:
     sizes = {

@@ -79,6 +79,7 @@ def test_every_format_is_quantized_or_refused(name: str, tmp_path: Path) -> None
         assert found.share is not None or found.why, (fmt, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "fmt"), [("Mixtral", Format.int8_weight_only)])
 def test_fused_experts_are_the_same_in_a_fresh_process(
     name: str, fmt: Format, tmp_path: Path

@@ -244,6 +244,7 @@ def test_too_few_documents_decide_nothing_and_say_how_many_would(project) -> Non
     )
 
 
+@pytest.mark.slow
 def test_a_gate_that_is_stopped_while_it_serves_ends_with_75_and_no_verdict(
     project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +265,7 @@ def test_a_gate_that_is_stopped_while_it_serves_ends_with_75_and_no_verdict(
     assert not list((cwd / "mlruns/store").glob("verdicts/*"))
 
 
+@pytest.mark.slow
 def test_a_second_look_adds_blocks_and_a_third_gives_the_recorded_verdict(project) -> None:
     cwd, paths = project
     same = (paths["student"], paths["student"], "policy.serving=0")
@@ -285,6 +287,7 @@ def test_a_second_look_adds_blocks_and_a_third_gives_the_recorded_verdict(projec
     assert looks == [(1, 8, False), (2, 16, False), (2, 16, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_a_disturbed_machine_and_other_hardware_are_invalid(
     project, monkeypatch: pytest.MonkeyPatch
@@ -334,6 +337,7 @@ def test_a_disturbed_machine_and_other_hardware_are_invalid(
     assert said(cwd)["look"] == 1, "an INVALID run does not count"
 
 
+@pytest.mark.slow
 def test_without_a_champion_there_is_nothing_to_compare_and_bootstrap_makes_the_first(
     project, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,6 +470,7 @@ def test_other_bytes_than_vouched_for_are_refused(project, tmp_path: Path) -> No
     assert "holds other bytes than its artifact.json vouches for" in done.stderr
 
 
+@pytest.mark.slow
 def test_after_a_disturbed_machine_the_same_command_measures_anew(
     project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

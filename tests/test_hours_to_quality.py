@@ -258,6 +258,7 @@ def test_sizes_and_variants_are_whole() -> None:
     assert {part for variant in VARIANTS for part in parts_of(variant)} == set(PARTS)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of transformers' Trainer
 def test_a_small_run_ends_and_does_not_repeat_what_is_finished(
     tmp_path: Path, monkeypatch, capsys

@@ -76,6 +76,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result_of(copy.run("recipe=baseline", "hardware.device=toy"))
 
 
+@pytest.mark.slow
 def test_a_run_is_on_the_device_that_was_added(result: dict[str, Any]) -> None:
     assert result["device"] == {"kind": "toy", "name": "Toy 9000", "count": 1}
     (row,) = result["rows"]

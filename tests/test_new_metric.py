@@ -66,6 +66,7 @@ def result(run: Path) -> dict[str, Any]:
     return result_of(run)
 
 
+@pytest.mark.slow
 def test_every_arm_has_the_metric_with_its_interval(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         found = row["quality"]["log_loss"]

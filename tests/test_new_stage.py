@@ -85,6 +85,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     return copy
 
 
+@pytest.mark.slow
 def test_a_stage_of_one_file_runs_is_compared_and_found_again(copy: Copy) -> None:
     result = result_of(copy.run("recipe=average"))
     row = next(row for row in result["rows"] if row["arm"] == "both")

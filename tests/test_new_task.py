@@ -94,6 +94,7 @@ def result(copy: Copy) -> dict[str, Any]:
     return result_of(copy.run("recipe=baseline", "task=rating", "data.path=ratings.jsonl"))
 
 
+@pytest.mark.slow
 def test_the_task_trains_and_is_assessed_on_its_metric(result: dict[str, Any]) -> None:
     (row,) = result["rows"]
     assert (row["status"], row["artifact"]["kind"]) == ("FINISHED", "model")

@@ -404,6 +404,7 @@ def test_a_recipe_has_its_student_write_all_the_time(
     assert bought == pytest.approx(counts["model_flops"]["value"] / per_step, abs=1)
 
 
+@pytest.mark.slow
 def test_the_recipe_of_all_signals_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

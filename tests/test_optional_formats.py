@@ -172,6 +172,7 @@ def test_a_library_that_cannot_be_imported_is_refused(monkeypatch: pytest.Monkey
         backend.import_library(Format.nf4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "more"),
     [
@@ -203,6 +204,7 @@ def test_configurations_and_embeddings_that_say_little_are_quantized(
     assert done.share == 1
 
 
+@pytest.mark.slow
 def test_an_architecture_that_does_not_come_back_is_refused(tmp_path: Path) -> None:
     """NomicBERT's layers are put together as they are read: bitsandbytes cannot save them as they
     were.
@@ -340,6 +342,7 @@ FALLBACKS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_unproven")
 def test_a_ladder_goes_past_a_format_that_is_none_for_this_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -393,6 +396,7 @@ def test_fallbacks_none_of_which_can_be_tried_is_refused_or_skipped(
     assert (rows["quantized"]["status"], rows["quantized"]["artifact"]) == ("SKIPPED", None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_unproven")
 def test_a_trial_that_crashes_while_it_is_read_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -457,6 +461,7 @@ def seeing_folder(folder: Path, kind: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["idefics3", "vipllava", "llava_next"])
 def test_the_language_part_of_a_model_that_sees_is_quantized(tmp_path: Path, kind: str) -> None:
     given = seeing_folder(tmp_path / "source", kind)

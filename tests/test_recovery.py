@@ -392,6 +392,7 @@ def test_adapters_win_and_are_read_after_the_merge(recovering: Recovering) -> No
     assert artifact["recovery"]["loss"] == loss(found["lora"])
 
 
+@pytest.mark.slow
 def test_training_all_weights_wins(recovering: Recovering) -> None:
     settings = ("stages.quantized.recover=[qat]", "stages.quantized.qat.learning_rate=0.001")
     tolerance = between(recovering, "fp4", "qat", *settings)
@@ -402,7 +403,8 @@ def test_training_all_weights_wins(recovering: Recovering) -> None:
     check_it_is(result, "qat")
 
 
-def test_sixteen_bits_stay_where_no_rung_holds(recovering: Recovering) -> None:
+@pytest.mark.slow
+def test_sixteen_bits_stay_where_no_fallback_holds(recovering: Recovering) -> None:
     result = recovering(
         "stages.quantized.recover=[lora]",
         "stages.quantized.lora.steps=1",
@@ -448,7 +450,7 @@ def test_sixteen_bits_are_tried_first_and_are_what_is_left(
     assert said in result["environment"]["notes"]
 
 
-def test_a_precision_of_a_rung_that_this_device_cannot_is_refused_by_its_key(
+def test_a_precision_of_a_fallback_that_this_device_cannot_is_refused_by_its_key(
     recovering: Recovering,
 ) -> None:
     """Before anything is trained; and so is one that is inherited."""
@@ -473,7 +475,8 @@ def test_a_precision_of_a_rung_that_this_device_cannot_is_refused_by_its_key(
     check_it_is(result, None, skipped=["quantized/lora"])
 
 
-def test_a_search_that_finds_nothing_is_left_what_came_nearest(
+@pytest.mark.slow
+def test_a_search_that_finds_nothing_falls_back_from_what_came_nearest(
     recovering: Recovering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a mixture of a tiny model's layers may well lose nothing: here all lose it all
@@ -496,7 +499,8 @@ def test_a_search_that_finds_nothing_is_left_what_came_nearest(
     assert artifact["quantization"]["format"] == "fp4"
 
 
-def test_a_search_that_finds_a_format_is_not_left(recovering: Recovering) -> None:
+@pytest.mark.slow
+def test_a_search_that_finds_a_format_needs_no_fallback(recovering: Recovering) -> None:
     result = recovering(
         "stages.quantized.format=auto",
         "stages.quantized.candidates=[fp4]",
@@ -508,6 +512,7 @@ def test_a_search_that_finds_a_format_is_not_left(recovering: Recovering) -> Non
     check_it_is(result, "search")
 
 
+@pytest.mark.slow
 def test_fallbacks_of_a_killed_run_are_taken_up_where_their_checkpoint_is(
     recovering: Recovering, tmp_path: Path
 ) -> None:

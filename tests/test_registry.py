@@ -401,6 +401,7 @@ def race(uri: str, letters: str, prefix: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_of_two_gates_at_once_exactly_one_promotes(uri: str) -> None:
     race(uri, "ab", "m")
 
@@ -561,7 +562,7 @@ class Other(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def other_server() -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()

@@ -204,6 +204,7 @@ def test_a_terminated_run_leaves_a_checkpoint_exits_75_and_goes_on(tmp_path: Pat
     assert len(list(tmp_path.glob("mlruns/runs/*/result.json"))) == 1
 
 
+@pytest.mark.slow
 def test_labels_that_mean_nothing_stay_at_chance_and_real_ones_do_not(tmp_path: Path) -> None:
     args = [
         *TINY,
@@ -252,6 +253,7 @@ sys.exit(cli.main(sys.argv[1:], started_ns=started))
 """
 
 
+@pytest.mark.slow
 def test_what_reads_a_given_model_is_imported_as_import(tmp_path: Path) -> None:
     """A third of a short run was nobody's time."""
     saved(tiny(Task.causal_lm), tmp_path / "model")

@@ -68,6 +68,7 @@ def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_pat
     assert (parent.data.tags["no_speedup"], parent.info.status) == ("int8", "FINISHED")
 
 
+@pytest.mark.slow
 def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(
     tmp_path: Path,
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(
     assert found["artifact"]["bytes"] < reference["artifact"]["bytes"]
 
 
+@pytest.mark.slow
 def test_a_precision_found_by_trial_is_charged_and_inherited(tmp_path: Path) -> None:
     """Student and control of the same settings train in one precision; the trials are the student's
     work.

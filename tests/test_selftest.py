@@ -220,6 +220,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
     return cwd
 
 
+@pytest.mark.slow
 def test_a_self_test_on_a_cpu_reaches_mlflow_and_feeds_the_training_criterion(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +298,7 @@ def test_a_self_test_on_a_cpu_reaches_mlflow_and_feeds_the_training_criterion(
     assert find_spread(store, "another's", 1) is None
 
 
+@pytest.mark.slow
 def test_a_self_test_without_training_or_mlflow_can_be_stopped_by_its_budget(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

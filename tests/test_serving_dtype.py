@@ -218,6 +218,7 @@ WITHOUT_NF4 = [
 ]
 
 
+@pytest.mark.slow
 def test_sixteen_bits_are_assessed_and_served_as_they_are_stored(ran: Any) -> None:
     _, result, printed = ran
     rows = {row["arm"]: row for row in result["rows"]}
@@ -282,6 +283,7 @@ def test_other_formats_are_read_against_the_best_16_bit_form_with_fp32_beside_it
     assert "serving: arms that are stored in fp32 are served in fp32, as asked for" in report
 
 
+@pytest.mark.slow
 def test_a_format_that_pays_against_fp32_alone_is_no_speedup(
     tmp_path: Path, units: Any, monkeypatch: Any
 ) -> None:

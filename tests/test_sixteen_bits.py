@@ -104,6 +104,7 @@ def test_it_is_loaded_as_it_is_to_be_assessed_and_in_fp32_to_be_trained(
     )
 
 
+@pytest.mark.slow
 def test_a_fresh_process_proves_it(tmp_path: Path, units: Any) -> None:
     """What `quantize` itself does, for a classifier that keeps no weight in 32 bits."""
     given = source("BERT", tmp_path / "source")

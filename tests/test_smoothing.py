@@ -113,6 +113,7 @@ def outlying() -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_a_model_with_outliers_loses_less_by_int8_activations_when_smoothed(tmp_path: Path) -> None:
     """bitsandbytes keeps outliers in 16 bits by itself; torchao's scale per token has to cover
     them.

@@ -51,6 +51,7 @@ def test_a_store_that_is_removed_while_a_stage_trains_is_made_again(
     assert Path(row["artifact"]["path"]).is_dir()
 
 
+@pytest.mark.slow
 def test_a_stage_whose_input_was_removed_says_so_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

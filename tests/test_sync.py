@@ -69,6 +69,7 @@ def _until(what: Any, seconds: float = 90) -> None:
     assert what()
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_the_writer_outlives_a_killed_run_and_says_so(root: Path) -> None:
     folder = write_run(root, ended=False)
@@ -207,6 +208,7 @@ def test_ctrl_c_while_waiting_for_mlflow_is_no_crash(tmp_path: Path) -> None:
     assert said == f"not waiting for MLflow; its writer continues, and {again}"
 
 
+@pytest.mark.slow
 def test_four_processes_may_meet_a_fresh_store(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, f"run-{number}") for number in range(3)]
     commands = [

@@ -169,6 +169,7 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         examine(model, CPU)
 
 
+@pytest.mark.slow
 def test_such_a_model_is_distilled_from_a_cache_and_live_and_says_how_it_reads(
     tmp_path: Path,
 ) -> None:

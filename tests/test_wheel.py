@@ -74,6 +74,7 @@ def test_recipes_settings_and_refusals_come_with_it(installed: Path, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_it_runs_in_an_empty_folder_and_leaves_all_in_mlruns(
     installed: Path, tmp_path: Path
 ) -> None:

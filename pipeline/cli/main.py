@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,19 @@ def _tell_hydra(recipes: list[Recipe], choices: dict[tuple[str, str], dict[Any, 
         UserError: If a recipe holds anything but settings.
     """
     from hydra.core.config_store import ConfigStore
+
+    _tell_hydra_the_schema()
+    store = ConfigStore.instance()
+    for recipe in recipes:
+        store.store(group="recipe", name=recipe.name, package="_global_", node=read_recipe(recipe))
+    for (group, name), settings in choices.items():
+        store.store(group=group, name=name, node=settings)
+
+
+@cache
+def _tell_hydra_the_schema() -> None:
+    """Make the settings of runs and stages known to Hydra; they are the same for every command."""
+    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     from pipeline.config.settings.run import Run
@@ -397,10 +411,6 @@ def _tell_hydra(recipes: list[Recipe], choices: dict[tuple[str, str], dict[Any, 
     store.store(name="run_schema", node=Run)
     for type_name, stage in STAGES.items():
         store.store(group="stage", name=type_name, node=stage)
-    for recipe in recipes:
-        store.store(group="recipe", name=recipe.name, package="_global_", node=read_recipe(recipe))
-    for (group, name), settings in choices.items():
-        store.store(group=group, name=name, node=settings)
 
 
 def _embedded(value: Any, *, _root_: Any) -> Any:
