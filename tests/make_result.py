@@ -330,9 +330,13 @@ def make_result(recipe: str = "distill", *, gpu: bool = False, **changes: Any) -
             else {"kind": "cpu", "name": "x86_64", "count": 1}
         ),
         "environment": {
-            "python": "3.11.9",
-            "torch": "2.13.0",
             "command": f"python -m pipeline recipe={recipe}",
+            "python": "3.11.9",
+            "platform": "Linux",
+            "cores": 2,
+            "torch": "2.13.0",
+            "commit": None,
+            "notes": [],
         },
         "run": make_run(rows),
         "rows": rows,

@@ -219,7 +219,6 @@ def test_notes_name_what_a_reader_must_know() -> None:
         "smoke: 20 documents",
     ):
         assert f"- {note}" in text
-    assert "- a note" in markdown(make_result(environment={"notes": "a note"}))
 
 
 def test_a_reused_row_spends_nothing() -> None:

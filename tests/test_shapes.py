@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from types import UnionType
 from typing import Any, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
+from pipeline.compare import history
+from pipeline.config.settings.cost import CostConfig
 from pipeline.ledger import records, shapes
+from pipeline.ledger.placement import Grant
 from pipeline.ledger.records import EVENTS, Spec
 from pipeline.ledger.schema import RESULT_SCHEMA, VALUE, VERDICT_SCHEMA
 
@@ -107,6 +111,20 @@ def test_what_a_run_leaves_is_typed_as_its_schema_has_it(record: Any, schema: An
     # a pair's members are all written today; of results of older releases the schema asks less
     lenient = re.compile(r"Result\.comparisons\[\]\.\w+(\.\*)?\.\w+: optional in one alone")
     assert {each for each in found if not lenient.fullmatch(each)} == set()
+
+
+@pytest.mark.parametrize(
+    ("record", "made"),
+    [
+        (shapes.ReleaseRecord, history.Judged),
+        (shapes.ReleaseReading, history.Figure),
+        (shapes.FindingRecord, history.Finding),
+        (shapes.GrantRecord, Grant),
+        (shapes.CostRecord, CostConfig),
+    ],
+)
+def test_what_is_written_as_a_dataclass_has_its_fields(record: Any, made: Any) -> None:
+    assert list(get_type_hints(record)) == [each.name for each in fields(made)]
 
 
 class Part(TypedDict):

@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +41,7 @@ from pipeline.compare.statistics import (
     wilson_interval,
 )
 from pipeline.compare.verdict import Outcome, invalid, serving_criterion
+from pipeline.ledger.shapes import FalseRecord
 
 # that a gate which keeps its alpha is called too often false, for each kind of answer
 TEST_ALPHA = 0.01
@@ -116,7 +116,7 @@ class FalseAnswers:
         """Whether a gate that keeps its alpha would hardly ever do so."""
         return self.chance < TEST_ALPHA
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> FalseRecord:
         """Return the form it has in selftest.json."""
         return {
             "count": self.count,

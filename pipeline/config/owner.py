@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Literal, TypeAlias, get_args
 
 from pipeline.errors import UserError
 
-OWNER = ("team", "cost_center", "purpose")  # who pays, on every run and row
+OwnerPart: TypeAlias = Literal["team", "cost_center", "purpose"]
+OWNER: tuple[OwnerPart, ...] = get_args(OwnerPart)  # who pays, on every run and row
 
 
 def check_owner(owner: Mapping[str, str | None], *, required: bool) -> None:

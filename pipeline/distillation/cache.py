@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 from pipeline.distillation.losses import Sparse
 from pipeline.distillation.sparse import Codec, Columns, Dense, Sampled, TopK
 from pipeline.errors import UserError
+from pipeline.ledger.shapes import CacheFacts, CacheManifest, CacheShard
 from pipeline.store.artifacts import key_of, read_json, sync_path, write_json
 
 FORMAT = 1  # of manifest and shards; raise it when an older cache cannot be read
@@ -53,6 +54,21 @@ SAME = {
 """What a cache must have in common with the stage that reads it, and how a difference is said; the
 first one is.
 """
+
+
+class Wanted(TypedDict, total=False):
+    """What a stage that reads a cache asks of it, as far as it asks."""
+
+    sequence_length: int
+    tokenizer: str
+    data: str
+    packing: str
+    teacher: str
+    method: str
+    draws: int
+    k: int
+    temperature: float
+    precision: str
 
 
 class Windows(Protocol):
@@ -183,19 +199,9 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        found = read_json(folder / MANIFEST)
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise _refused(
-                key,
-                f"{folder} has no manifest of format {FORMAT}: the capture did not end, or is"
-                " older",
-            )
-        # Removed before it is compared: the digest does not cover itself.
-        if found.pop("digest", None) != key_of(**found):
-            raise _refused(key, f"{MANIFEST} of the cache is damaged: it does not have its digest")
-        self.manifest: dict[str, Any] = found
+        self.manifest = _read_manifest(folder, key)
         self._folder, self._key = folder, key
-        self._codec = codec_of(found)
+        self._codec = codec_of(self.manifest)
         self._places: dict[int, tuple[int, int]] = {}
         self._ready: dict[tuple[int, ...], Sparse | Tensor] = {}
         # Each open shard is a file handle and a mapping, so only so many stay open.
@@ -208,7 +214,7 @@ class TeacherCache:
         """V: how many tokens (or classes) the teacher's distributions are over."""
         return self.manifest["vocabulary"]
 
-    def check(self, expected: Mapping[str, Any], windows: Windows, rows: np.ndarray) -> None:
+    def check(self, expected: Mapping[str, object], windows: Windows, rows: np.ndarray) -> None:
         """Refuse a cache that was made from something else, is damaged, or holds other windows;
         learn where they lie.
 
@@ -229,7 +235,7 @@ class TeacherCache:
             self._check_shard(number, entry)
         self._check_windows(windows, rows)
 
-    def _check_shard(self, number: int, entry: dict[str, Any]) -> None:
+    def _check_shard(self, number: int, entry: CacheShard) -> None:
         name = shard_name(number)
         path = self._folder / name
         if not path.is_file():
@@ -289,18 +295,43 @@ class TeacherCache:
             yield self._shard(number).part(slot)
 
 
-def codec_of(facts: Mapping[str, Any]) -> Codec:
+def _read_manifest(folder: Path, key: str) -> CacheManifest:
+    """Return the manifest of a cache.
+
+    Raises:
+        UserError: If there is none of this format, or it is damaged.
+    """
+    found: Any = read_json(folder / MANIFEST)
+    if _format_of(found) != FORMAT:
+        raise _refused(
+            key,
+            f"{folder} has no manifest of format {FORMAT}: the capture did not end, or is older",
+        )
+    # Removed before it is compared: the digest does not cover itself.
+    if found.pop("digest", None) != key_of(**found):
+        raise _refused(key, f"{MANIFEST} of the cache is damaged: it does not have its digest")
+    return found
+
+
+def _format_of(manifest: Any) -> Any:
+    return manifest.get("format") if isinstance(manifest, dict) else None
+
+
+def codec_of(facts: CacheFacts) -> Codec:
     """Return what packs and unpacks the distributions of a cache, by what its manifest says."""
+    draws, k, temperature = facts["draws"], facts["k"], facts["temperature"]
     if facts["method"] == Sampled.method:
-        return Sampled(facts["draws"], facts["vocabulary"], facts["temperature"])
+        assert draws is not None
+        assert temperature is not None
+        return Sampled(draws, facts["vocabulary"], temperature)
     if facts["method"] == TopK.method:
-        return TopK(facts["k"], facts["vocabulary"], facts["temperature"])
+        assert k is not None
+        assert temperature is not None
+        return TopK(k, facts["vocabulary"], temperature)
     return Dense(facts["vocabulary"])
 
 
-def write_manifest(
-    folder: Path, facts: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def write_manifest(folder: Path, facts: CacheFacts, shards: Sequence[CacheShard]) -> CacheManifest:
     """Write the manifest of a cache whose shards are all there, and return it.
 
     Args:
@@ -310,21 +341,23 @@ def write_manifest(
     import transformers
 
     first = _Shard(folder / shard_name(0)).part(0)
-    total = {name: sum(shard[name] for shard in shards) for name in ("windows", "tokens", "bytes")}
-    manifest = {
+    num_tokens, num_bytes = (sum(shard[name] for shard in shards) for name in ("tokens", "bytes"))
+    manifest: CacheManifest = {
         "format": FORMAT,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         **facts,
         "columns": {name: str(column.dtype) for name, column in sorted(first.items())},
-        **total,
-        "bytes_per_token": total["bytes"] / total["tokens"],
-        "shards": [dict(shard) for shard in shards],
+        "windows": sum(shard["windows"] for shard in shards),
+        "tokens": num_tokens,
+        "bytes": num_bytes,
+        "bytes_per_token": num_bytes / num_tokens,
+        "shards": list(shards),
     }
     seal_manifest(folder, manifest)
     return manifest
 
 
-def seal_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def seal_manifest(folder: Path, manifest: CacheManifest) -> None:
     """Write a manifest with a digest of what it says."""
     write_json(folder / MANIFEST, {**manifest, "digest": key_of(**manifest)})
 

@@ -10,7 +10,14 @@ from dataclasses import asdict, replace
 from pipeline.compare.history import Figure, Finding, Judged, count_once, figure, findings
 from pipeline.errors import UserError
 from pipeline.ledger.metrics import RELATIVE
-from pipeline.ledger.shapes import CriterionRecord, HistoryRecord, Judgement, VerdictHistory
+from pipeline.ledger.shapes import (
+    CriterionRecord,
+    FindingRecord,
+    HistoryRecord,
+    Judgement,
+    ReleaseRecord,
+    VerdictHistory,
+)
 
 LAST = 10
 
@@ -54,9 +61,9 @@ def as_json(answers: Sequence[Judged], last: int) -> HistoryRecord:
     """Return answers about one model in the form they have in verdict.json."""
     said: list[Finding] = findings(answers) if answers and answers[0].model is not None else []
     return {
-        "releases": [asdict(each) for each in answers[-last:]],
+        "releases": [ReleaseRecord(**asdict(each)) for each in answers[-last:]],
         "of": len(answers),
-        "findings": [asdict(each) for each in said],
+        "findings": [FindingRecord(**asdict(each)) for each in said],
     }
 
 

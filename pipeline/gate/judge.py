@@ -45,7 +45,17 @@ from pipeline.ledger.metrics import PRIMARY, TASK, UNIT, primary_key
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.shapes import BlocksRecord, Figures, Quality, Readings, Row, ServedIn, Verdict
+from pipeline.ledger.shapes import (
+    BlocksRecord,
+    ChargedOn,
+    Figures,
+    ItemsNote,
+    Quality,
+    Readings,
+    Row,
+    ServedIn,
+    Verdict,
+)
 from pipeline.ledger.values import Value, null
 from pipeline.report.verdict import verdict_line
 from pipeline.store.artifacts import plain
@@ -157,9 +167,10 @@ def _verdict(
 
 def _dtype(served: ServePass | None) -> ServedIn | None:
     """Return what sides that are stored in fp32 were served in; null where nothing was served."""
-    if served is None or not served.dtype:
+    asked = None if served is None else served.dtype.get("asked")
+    if served is None or asked is None:
         return None
-    return {"asked": served.dtype["asked"], "served": served.dtype["served"]}
+    return {"asked": asked, "served": served.dtype.get("served")}
 
 
 def _primary(measured: Measured) -> str:
@@ -281,7 +292,7 @@ def _items(quality: Quality, key: str, read: Callable[[Path], Items]) -> Items |
     return None if path is None else read(Path(path))
 
 
-def _identity(quality: Quality) -> dict[str, Any] | None:
+def _identity(quality: Quality) -> ItemsNote | None:
     """Return what an arm's values were read on, as the note beside them says."""
     paths = [
         items
@@ -296,14 +307,13 @@ def _other_evaluation(measured: Measured, gate: Gate, sides: Mapping[str, Qualit
     two artifacts.
     """
     known = {arm: _identity(quality) for arm, quality in sides.items()}
-    unsaid = [
-        f"nothing says which data the {arm}'s values were read on"
-        for arm, said in known.items()
-        if said is None
-    ]
-    if unsaid:
-        return unsaid
-    ours, theirs = (known[arm] or {} for arm in (CANDIDATE, BASELINE))
+    ours, theirs = known[CANDIDATE], known[BASELINE]
+    if ours is None or theirs is None:
+        return [
+            f"nothing says which data the {arm}'s values were read on"
+            for arm, said in known.items()
+            if said is None
+        ]
     reasons = [
         f"other {what}: {ours[name]} against {theirs[name]}"
         for name, what in (
@@ -313,7 +323,7 @@ def _other_evaluation(measured: Measured, gate: Gate, sides: Mapping[str, Qualit
         )
         if ours[name] != theirs[name]
     ]
-    of = {arm: (said or {}).get("artifact") for arm, said in known.items()}
+    of = {CANDIDATE: ours.get("artifact"), BASELINE: theirs.get("artifact")}
     for arm, release in gate.releases().items():
         if of[arm] not in (None, release.artifact.digest):
             reasons.append(
@@ -510,7 +520,7 @@ def _other_hardware(gate: Gate) -> list[str]:
     ]
 
 
-def _trained_on(side: Release) -> dict[str, Any]:
+def _trained_on(side: Release) -> ChargedOn:
     """Return the devices that a side was trained on, as its charge names them."""
     return {} if side.charge is None else side.charge.get("device", {})
 
@@ -520,11 +530,12 @@ def _spread(measured: Measured, gate: Gate) -> Spread | None:
     recorded it.
     """
     device = _trained_on(gate.candidate)
-    if not device or not measured.run.tracking.mlflow:
+    name, count = device.get("name"), device.get("count")
+    if name is None or count is None or not measured.run.tracking.mlflow:
         return None
     from pipeline.tracking.registry import find_spread
 
-    return find_spread(gate.places.tracking, device["name"], device["count"])
+    return find_spread(gate.places.tracking, name, count)
 
 
 def _payback(

@@ -227,15 +227,15 @@ def _label(row: Row) -> str:
 def stage_owner(row: Row) -> dict[str, str]:
     """Return whose a row is, as far as it says so."""
     identity = row["ledger"].get("identity", {})
-    return {name: identity[name] for name in OWNER if identity.get(name)}
+    return {name: value for name in OWNER if (value := identity.get(name))}
 
 
 def stage_device(row: Row) -> str | None:
-    """Return the device model of a row, several ones joined; None where it does not say."""
-    return (
-        " + ".join(dict.fromkeys(row["ledger"].get("placement", {}).get("device_names", [])))
-        or None
-    )
+    """Return the device model of a row, several ones joined; None where it does not say. A library
+    that does not tell a device's name leaves null in its place.
+    """
+    names = row["ledger"].get("placement", {}).get("device_names", [])
+    return " + ".join(dict.fromkeys(name for name in names if name is not None)) or None
 
 
 def outside_waste(totals: RunTotals, part: Part) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from pipeline.ledger.shapes import HOURS, Figure, Figures, Row
 from pipeline.tasks.table import QUALITIES, Task
@@ -796,10 +796,24 @@ def catalogue_key(key: str) -> str:
     return "quality/task" if key.startswith(f"quality/{TASK}") else key
 
 
-def export() -> list[dict[str, Any]]:
+class MetricRecord(TypedDict):
+    """A row of catalogue.json."""
+
+    key: str
+    unit: str
+    scope: str
+    direction: int
+    meaning: str
+    core: bool
+    section: str
+    name: str
+
+
+def export() -> list[MetricRecord]:
     """Return the catalogue as plain data, for `catalogue.json` beside every result."""
     return [
-        {**asdict(metric), "section": metric.section, "name": metric.name} for metric in CATALOGUE
+        MetricRecord(**asdict(metric), section=metric.section, name=metric.name)
+        for metric in CATALOGUE
     ]
 
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pipeline.ledger.attempted import attempted
 from pipeline.ledger.values import Value, measured, null
@@ -59,6 +59,16 @@ class Accounts:
     throttled: int = 0
 
 
+class LoadRecord(TypedDict):
+    """A load in a journal."""
+
+    elapsed_s: float
+    taken: float
+    steal: float
+    throttled: float | None
+    why: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What others took of the processors in some time; plain numbers, that add up over windows.
@@ -78,7 +88,7 @@ class Load:
     throttled: float | None = None
     why: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> LoadRecord:
         """Return it in plain JSON, for the journal."""
         return {
             "elapsed_s": self.elapsed_s,

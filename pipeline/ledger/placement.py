@@ -6,12 +6,12 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.ledger.devices.table import toolkits
+from pipeline.ledger.shapes import Placement, ReportedDevices, Scheduler
 from pipeline.ledger.values import Value, declared, null
 
-NOTHING_KNOWN: dict[str, Any] = {
+NOTHING_KNOWN: ReportedDevices = {
     "uuids": [],
     "device_names": [],
     "driver": None,
@@ -75,8 +75,8 @@ def allocated_hours(attached_h: float, devices: int, granted: Grant | None) -> V
 
 
 def placement(
-    device_name: str, devices: int, known: Mapping[str, Any], granted: Grant | None
-) -> dict[str, Any]:
+    device_name: str, devices: int, known: ReportedDevices, granted: Grant | None
+) -> Placement:
     """Return the ledger's group `placement`; what could not be read is null.
 
     Args:
@@ -84,19 +84,18 @@ def placement(
     """
     import torch
 
-    scheduler = (
+    scheduler: Scheduler | None = (
         None
         if granted is None
         else {"name": granted.scheduler, "job_id": granted.job_id, "gpus": granted.gpus}
     )
-    return {
-        **NOTHING_KNOWN,
-        "device_names": [device_name] * devices,
-        **known,
-        "node": platform.node(),
-        "count": devices,
-        "cores": os.cpu_count(),
-        "scheduler": scheduler,
-        "torch": torch.__version__,
+    reported: ReportedDevices = {**NOTHING_KNOWN, "device_names": [device_name] * devices, **known}
+    return Placement(
+        **reported,
+        node=platform.node(),
+        count=devices,
+        cores=os.cpu_count(),
+        scheduler=scheduler,
+        torch=torch.__version__,
         **toolkits(),
-    }
+    )

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline.config.settings.cost import CostConfig
 from pipeline.ledger.cost import money
@@ -27,6 +26,7 @@ from pipeline.ledger.shapes import (
     HoursPart,
     LedgerRecord,
     Measurements,
+    StageTimeline,
 )
 from pipeline.ledger.values import Value, derive, measured, null
 
@@ -91,7 +91,7 @@ def ledger(
     peak: Value,
     granted: Grant | None = None,
     truncated: bool = False,
-    timeline: Mapping[str, Any] | None = None,
+    timeline: StageTimeline | None = None,
 ) -> Checked:
     """Return the ledger of a row as result.json has it.
 
@@ -161,7 +161,7 @@ def ledger(
     }
 
 
-def gpu_timeline(timeline: Mapping[str, Any]) -> GpuTimelineRecord:
+def gpu_timeline(timeline: StageTimeline) -> GpuTimelineRecord:
     """Return the group of a row that says what its device did: shares of traced steps, seconds by
     phase, traces.
     """

@@ -314,6 +314,7 @@ _STARTED = {
 }
 STARTED = Spec(shapes.RunStarted, _fields(**_STARTED))
 """The first line of a run's journal, as far as other runs read it."""
+_GRANT = _fields(scheduler=_TEXT, job_id=_TEXT, gpus={"type": ["integer", "null"], "minimum": 0})
 EVENTS: dict[str, Spec[Any]] = {
     "run_start": Spec(
         shapes.Started,
@@ -374,6 +375,7 @@ writer alone.
 METERED = Spec(
     shapes.Metered,
     _fields(
+        {"grant": {"oneOf": [{"type": "null"}, _GRANT]}},
         run_id=_TEXT,
         started_ns=_NS,
         name=_TEXT,

@@ -277,6 +277,11 @@ _ROW: dict[str, Any] = {
     },
 }
 
+_WARM_UP: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {"rounds": {"type": "integer", "minimum": 1}, "steady": {"type": "boolean"}},
+}  # empty where an older release said nothing of it
 _COMPARISON: dict[str, Any] = {
     "type": "object",
     "required": ["arm", "base", "on", "speedup", "quality", "training", "serving", "payback"],
@@ -358,7 +363,7 @@ _COMPARISON: dict[str, Any] = {
                     sd_log={"type": "number", "minimum": 0},
                     orders={"type": "array", "items": {"enum": ["ABBA", "BAAB"]}},
                     order_seed={"type": ["integer", "null"]},
-                    warm_up={"type": "object"},
+                    warm_up=_WARM_UP,
                     disturbed=_STRINGS,
                 ),
             ]
@@ -385,6 +390,7 @@ _COMPARISON: dict[str, Any] = {
 }
 
 _TEXT: dict[str, Any] = {"type": ["string", "null"]}
+_LIBRARIES = ("torch", "transformers", "accelerate", "hydra-core", "safetensors", "numpy")
 _DIGEST = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
 _CRITERION: dict[str, Any] = {
     "type": "object",
@@ -437,6 +443,77 @@ _SIDE: dict[str, Any] = {
         "charge": {"type": ["object", "null"]},
     },
 }
+_NUMBER: dict[str, Any] = {"type": ["number", "null"]}
+_COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
+
+
+def _record(**members: Any) -> dict[str, Any]:
+    """Return an object whose members are all required."""
+    return {
+        "type": "object",
+        "required": list(members),
+        "additionalProperties": False,
+        "properties": members,
+    }
+
+
+_READING_OR_NULL: dict[str, Any] = {
+    "oneOf": [
+        {"type": "null"},
+        _record(
+            value={"type": "number"},
+            low={"type": "number"},
+            high={"type": "number"},
+            error={"type": "number"},
+            relative={"type": "boolean"},
+            blocks={"type": ["integer", "null"]},
+        ),
+    ]
+}
+_RELEASE = _record(
+    created={"type": "string"},
+    run={"type": "string"},
+    model=_TEXT,
+    verdict={"type": "string"},
+    key={"type": "string"},
+    look=_COUNT,
+    candidate={"type": "string"},
+    baseline=_TEXT,
+    version=_TEXT,
+    policy={"type": "string"},
+    policy_sha256={"type": "string"},
+    data={"type": "string"},
+    device={"type": "string"},
+    recorded=_TEXT,
+    serving=_READING_OR_NULL,
+    quality=_READING_OR_NULL,
+    quality_key={"type": "string"},
+    margin=_NUMBER,
+    again=_COUNT,
+    ways=_COUNT,
+)
+_FINDING = _record(
+    kind={"enum": ["step", "drift"]},
+    of={"type": "string"},
+    alarm={"type": "boolean"},
+    value=_NUMBER,
+    low=_NUMBER,
+    high=_NUMBER,
+    level=_NUMBER,
+    margin=_NUMBER,
+    releases=_COUNT,
+    since=_TEXT,
+    candidate={"type": "string"},
+    shown={"type": ["boolean", "null"]},
+    why=_TEXT,
+)
+_HISTORY = _record(
+    model=_TEXT,
+    releases={"type": "array", "items": _RELEASE},
+    of=_COUNT,
+    findings={"type": "array", "items": _FINDING},
+    why=_TEXT,
+)
 # exit codes of a run that did not come to its end, whatever its verdict
 _BROKEN_OFF = [1, 7, 75, 130]
 _JUDGED: dict[str, Any] = {
@@ -483,7 +560,7 @@ _JUDGED: dict[str, Any] = {
             },
         ]
     },
-    "history": {"type": ["object", "null"]},
+    "history": {"oneOf": [{"type": "null"}, _HISTORY]},
     "end": {
         "type": "object",
         "required": ["exit_code", "why"],
@@ -574,7 +651,21 @@ RESULT_SCHEMA: dict[str, Any] = {
                 "count": {"type": "integer"},
             },
         },
-        "environment": {"type": "object"},
+        "environment": {
+            "type": "object",
+            "required": ["command", "python", "platform", "cores", "commit", "notes"],
+            "properties": {
+                "command": {"type": "string"},
+                "python": {"type": "string"},
+                "platform": {"type": "string"},
+                "cores": {"type": ["integer", "null"]},
+                **dict.fromkeys(_LIBRARIES, _TEXT),
+                "commit": _TEXT,
+                "data": {"type": "string"},
+                "data_digest": {"type": "string"},
+                "notes": _STRINGS,
+            },
+        },
         "run": {
             "type": "object",
             "required": ["attempts", "device_hours", "phases_device_ns", "spent", "reused"],
@@ -595,7 +686,22 @@ RESULT_SCHEMA: dict[str, Any] = {
                     extra={
                         "currency": {"type": ["string", "null"]},
                         "basis": {"type": ["string", "null"]},
-                        "rate": {"type": ["object", "null"]},
+                        "rate": {
+                            "oneOf": [
+                                {"type": "null"},
+                                {
+                                    "type": "object",
+                                    "required": ["per_device_hour", "kind", "source", "date"],
+                                    "additionalProperties": False,
+                                    "properties": {
+                                        "per_device_hour": {"type": "number", "minimum": 0},
+                                        "kind": {"enum": ["rented", "owned", None]},
+                                        "source": _TEXT,
+                                        "date": _TEXT,
+                                    },
+                                },
+                            ]
+                        },
                     },
                 ),
                 "per_converged_model": _values(

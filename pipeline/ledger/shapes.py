@@ -198,11 +198,69 @@ class Checked(Measurements):
     meter_problems: list[str]
 
 
+class Identity(TypedDict, total=False):
+    """Whose a row is, and what it was made from, as far as its run says."""
+
+    team: str | None
+    cost_center: str | None
+    purpose: str | None
+    model_name: str | None
+    run: str
+    recipe: str
+    config: str
+    commit: str | None
+    data: str
+    parent: str | None  # run whose command started this one
+
+
+class GrantRecord(TypedDict):
+    """What a scheduler gave a job; see `ledger.placement.Grant`."""
+
+    scheduler: str
+    job_id: str
+    gpus: int | None
+
+
+class Scheduler(TypedDict):
+    """The same on a row; one of a metered command repeats the name."""
+
+    name: str
+    job_id: str
+    gpus: int | None
+    scheduler: NotRequired[str]
+
+
+class ReportedDevices(TypedDict, total=False):
+    """What the devices' own library tells of them; null what it does not."""
+
+    uuids: list[str]
+    device_names: list[str | None]
+    driver: str | None
+    cuda_driver: int | None
+    mig: bool | None
+    exclusive: str
+    power_limit_w: list[float | None] | None  # of each device
+    power_scope: str
+
+
+class Placement(ReportedDevices, total=False):
+    """Where a row was made, as far as that is known. Beside these stand the releases of the
+    libraries that torch was built with, by the names that the device classes give them.
+    """
+
+    node: str
+    count: int
+    cores: int | None
+    scheduler: Scheduler | None
+    torch: str | None
+    cuda: str | None
+
+
 class LedgerRecord(Checked):
     """All of a row's ledger: whose it is, and where it was made, as far as that is known."""
 
-    identity: dict[str, Any]
-    placement: dict[str, Any]
+    identity: Identity
+    placement: Placement
 
 
 class Row(TypedDict):
@@ -262,6 +320,15 @@ class TrainingSaving(IntervalFigure):
     rule: str
 
 
+class WarmUpRecord(TypedDict, total=False):
+    """Rounds of readings that were discarded before others were kept; empty where an older release
+    said nothing of it.
+    """
+
+    rounds: int
+    steady: bool
+
+
 class ServingSaving(IntervalFigure):
     """What an arm's serving saves; see `compare.savings.serving_saving`."""
 
@@ -271,7 +338,7 @@ class ServingSaving(IntervalFigure):
     dtypes: NotRequired[dict[str, str]]
     orders: NotRequired[list[str]]
     order_seed: NotRequired[int | None]
-    warm_up: NotRequired[dict[str, Any]]
+    warm_up: NotRequired[WarmUpRecord]
     disturbed: NotRequired[list[str]]
 
 
@@ -386,12 +453,66 @@ class EndRecord(TypedDict):
     why: str | None
 
 
+class ReleaseReading(TypedDict):
+    """A release's reading with its interval; see `compare.history.Figure`."""
+
+    value: float
+    low: float
+    high: float
+    error: float
+    relative: bool
+    blocks: int | None
+
+
+class ReleaseRecord(TypedDict):
+    """One answer of the gate; see `compare.history.Judged`."""
+
+    created: str
+    run: str
+    model: str | None
+    verdict: str
+    key: str
+    look: int
+    candidate: str
+    baseline: str | None
+    version: str | None
+    policy: str
+    policy_sha256: str
+    data: str
+    device: str
+    recorded: str | None
+    serving: ReleaseReading | None
+    quality: ReleaseReading | None
+    quality_key: str
+    margin: float | None
+    again: int
+    ways: int
+
+
+class FindingRecord(TypedDict):
+    """What releases say of a step or a drift; see `compare.history.Finding`."""
+
+    kind: str
+    of: str
+    alarm: bool
+    value: float | None
+    low: float | None
+    high: float | None
+    level: float | None
+    margin: float | None
+    releases: int
+    since: str | None
+    candidate: str
+    shown: bool | None
+    why: str | None
+
+
 class HistoryRecord(TypedDict):
     """A verdict among those before it; see `gate.history`."""
 
-    releases: list[dict[str, Any]]
+    releases: list[ReleaseRecord]
     of: int
-    findings: list[dict[str, Any]]
+    findings: list[FindingRecord]
 
 
 class VerdictHistory(HistoryRecord):
@@ -407,7 +528,7 @@ class BlocksRecord(TypedDict):
     orders: list[str]
     places: list[list[int]] | None
     seed: int | None
-    warm_up: dict[str, Any]
+    warm_up: WarmUpRecord
 
 
 class Readings(TypedDict):
@@ -501,13 +622,22 @@ class OutsideNs(TypedDict):
     compare: PhasesNs
 
 
+class Rate(TypedDict):
+    """What a device-hour costs, and who says so."""
+
+    per_device_hour: float
+    kind: str | None
+    source: str | None
+    date: str | None
+
+
 class RunMoney(TypedDict):
     """What a run cost; see `ledger.run_cost`."""
 
     amount: Figure
     currency: str | None
     basis: str | None
-    rate: dict[str, Any] | None
+    rate: Rate | None
 
 
 class ConvergedRecord(TypedDict):
@@ -539,6 +669,30 @@ class Conclusion(TypedDict):
     answers: list[str]
 
 
+Environment = TypedDict(
+    "Environment",
+    {
+        "command": str,
+        "python": str,
+        "platform": str,
+        "cores": int | None,
+        "torch": NotRequired[str | None],
+        "transformers": NotRequired[str | None],
+        "accelerate": NotRequired[str | None],
+        "hydra-core": NotRequired[str | None],
+        "safetensors": NotRequired[str | None],
+        "numpy": NotRequired[str | None],
+        "commit": str | None,
+        "data": NotRequired[str],
+        "data_digest": NotRequired[str],
+        "notes": list[str],
+    },
+)
+"""With what and how figures were made; a metered command has neither data nor libraries that are
+known.
+"""
+
+
 class Result(TypedDict):
     """result.json."""
 
@@ -552,7 +706,7 @@ class Result(TypedDict):
     is_release_check: NotRequired[bool]
     conclusion: Conclusion
     device: DeviceRecord
-    environment: dict[str, Any]
+    environment: Environment
     run: RunTotals
     rows: list[Row]
     comparisons: list[Pair]
@@ -572,6 +726,118 @@ class RunState(TypedDict):
     spent_device_hours: NotRequired[float | None]
 
 
+class TracedSteps(TypedDict):
+    """What a profiler saw of single steps: shares of their time, each step's classes in ns, the
+    traces' files.
+    """
+
+    shares: Figures
+    steps: list[dict[str, int]]
+    traces: list[str]
+    notes: list[str]
+
+
+class StageTimeline(TypedDict, total=False):
+    """The same with device seconds by host phase; empty where nothing was looked at."""
+
+    shares: Figures
+    steps: list[dict[str, int]]
+    traces: list[str]
+    notes: list[str]
+    phases_s: dict[str, float]
+
+
+class PrecisionTrial(TypedDict):
+    """A precision that was tried; see `stages.precision_choice.Tried`."""
+
+    precision: str
+    time_ratio: float
+    loss_apart: float | None
+    ci: Ends | None
+    rounds: int
+
+
+class PrecisionChoice(TypedDict):
+    """precision.json of a stage: what was chosen for it."""
+
+    chosen: str
+    said: list[str]
+    trials: list[PrecisionTrial]
+    loss_tolerance: NotRequired[float]
+    not_tried: NotRequired[list[str]]
+
+
+class FormatTrial(TypedDict):
+    """A format that was tried; see `quantization.search.Trial`."""
+
+    format: str
+    exclude: list[str]
+    loss: float | None
+    kl: float | None
+    time_ratio: float
+    memory_ratio: float
+
+
+class SearchRecord(TypedDict):
+    """How a search for a format ended; see `quantization.search.Found`."""
+
+    prefer: str
+    tolerance: float
+    why: str
+    trials: list[FormatTrial]
+    next: FormatTrial | None
+
+
+class CalibrationRecord(TypedDict):
+    """Which activations were looked at before a model was quantized."""
+
+    smoothing: float
+    source: str
+    documents: int
+    digest: NotRequired[str]
+
+
+class QuantizedFacts(TypedDict):
+    """What quantizing did to a model; see `quantization.backend.Quantized`."""
+
+    format: str
+    library: str
+    quantized_layers: int
+    kept_layers: list[str]
+    rest_dtype: str
+    parameters: int
+    quantized_parameters: int
+    quantized_share: NotRequired[float]  # an older release did not say
+    bytes_before: int
+    bytes_after: int
+    logits_sha256: list[str]
+
+
+class QuantizationFacts(QuantizedFacts):
+    """The same in artifact.json."""
+
+    calibration: CalibrationRecord | None
+
+
+class RecoveryRecord(TypedDict):
+    """What a fallback loses on validation; null where that is no number."""
+
+    loss: float | None
+    kl: float | None
+    documents: int
+
+
+class About(TypedDict, total=False):
+    """What a stage found out, by topic, as it goes into artifact.json. A topic that its stage alone
+    reads is typed there.
+    """
+
+    precision: PrecisionChoice
+    search: SearchRecord
+    quantization: QuantizationFacts
+    recovery: RecoveryRecord
+
+
 class OutputRecord(TypedDict):
     """What a stage reported; see `stages.context.Output`."""
 
@@ -581,8 +847,8 @@ class OutputRecord(TypedDict):
     flops_by_rule: NotRequired[float | None]
     seconds_in_steps: float | None
     existing: bool
-    gpu_timeline: dict[str, Any]
-    about: dict[str, Any]
+    gpu_timeline: StageTimeline
+    about: About
 
 
 class KnownArtifact(TypedDict):
@@ -631,22 +897,34 @@ class Assessed(TypedDict):
     vllm: NotRequired[VllmRecord]
 
 
+class DtypeRecord(TypedDict, total=False):
+    """In what arms were served that are stored in fp32; see `evaluation.serving.dtype.DtypeChoice`.
+    Empty where an older release said nothing of it.
+    """
+
+    asked: str
+    served: str | None
+    trials: dict[str, list[float]]
+    refused: list[str]
+    said: list[str]
+
+
 class ServedPass(TypedDict):
     """A comparison pass; see `evaluation.serving.measure.ServePass`. Of pairs: arm, base, and what
-    was read of them.
+    was read of them, an array in JSON.
     """
 
     serving: dict[str, Figures]
-    seconds: list[list[Any]]
+    seconds: list[tuple[str, str, list[Ends], list[Ends]]]
     how: dict[str, str]
     conditions: NotRequired[Figures]
     joules: NotRequired[list[list[Ends]] | None]
     why_no_joules: NotRequired[str | None]
-    dtype: NotRequired[dict[str, Any]]
-    orders: NotRequired[list[list[Any]]]
-    places: NotRequired[list[list[Any]]]
+    dtype: NotRequired[DtypeRecord]
+    orders: NotRequired[list[tuple[str, str, list[str]]]]
+    places: NotRequired[list[tuple[str, str, list[list[int]]]]]
     order_seed: NotRequired[int | None]
-    warm_up: NotRequired[dict[str, Any]]
+    warm_up: NotRequired[WarmUpRecord]
 
 
 class Served(TypedDict):
@@ -710,16 +988,6 @@ class LifeRecord(TypedDict):
     ended: bool
 
 
-class PrecisionChoice(TypedDict):
-    """precision.json of a stage: what was chosen for it."""
-
-    chosen: str
-    said: list[str]
-    trials: list[dict[str, Any]]
-    loss_tolerance: NotRequired[float]
-    not_tried: NotRequired[list[str]]
-
-
 # -- artifact.json --------------------------------------------------------------------------------
 
 
@@ -741,6 +1009,15 @@ class ChainCharge(TypedDict):
     existing: list[str]
 
 
+class ChargedOn(TypedDict, total=False):
+    """The devices that a charge is of; `power_limit_w` of each."""
+
+    kind: str
+    name: str
+    count: int
+    power_limit_w: list[float | None] | None
+
+
 class ChargeRecord(TypedDict):
     """What a model's chain took, as it travels with it in artifact.json (`charge`, `ledger`).
 
@@ -753,12 +1030,12 @@ class ChargeRecord(TypedDict):
     run_id: NotRequired[str]
     arm: NotRequired[str]
     seed: NotRequired[int]
-    device: NotRequired[dict[str, Any]]
+    device: NotRequired[ChargedOn]
     tokens: NotRequired[float | None]
     energy_j: NotRequired[float | None]
     foreign_load: NotRequired[Figure]
     existing: NotRequired[list[str]]
-    seeds_device_hours: NotRequired[list[Any]]  # checked where it is read
+    seeds_device_hours: NotRequired[list[object]]  # numbers, checked where they are read
 
 
 class KnownQuality(TypedDict):
@@ -806,6 +1083,16 @@ class Line(TypedDict):
     mono_ns: int
 
 
+RunEnvironment = TypedDict(
+    "RunEnvironment",
+    {"device": str, "data.digest": str, "mlflow.source.git.commit": str | None},
+    total=False,
+)
+"""What a run's first line says of its surroundings, by the names of MLflow's tags; a metered
+command has not been on a device yet.
+"""
+
+
 class Started(Line):
     """An attempt at a run began."""
 
@@ -815,7 +1102,7 @@ class Started(Line):
     recipe: str
     params: dict[str, Any]
     tags: dict[str, Any]
-    environment: dict[str, Any]
+    environment: RunEnvironment
     started_ns: int
     devices: NotRequired[int]
     clock_ns: NotRequired[PhasesNs]
@@ -1171,13 +1458,27 @@ class RunStarted(TypedDict):
     recipe: str
     params: dict[str, Any]
     tags: dict[str, Any]
-    environment: dict[str, Any]
+    environment: RunEnvironment
 
 
 class MeteredParams(TypedDict):
     """Settings of a metered command, as far as they are read back."""
 
     command: str
+
+
+class CostRecord(TypedDict, total=False):
+    """The rates that a metered command was given; see `config.settings.cost.CostConfig`."""
+
+    kind: None  # the meter does not ask whose the devices are
+    per_device_hour: float | None
+    currency: str | None
+    source: str | None
+    date: str | None
+    pue: float | None
+    energy_price_per_kwh: float | None
+    converged_at: float | None
+    teacher_shared_by: int
 
 
 class Metered(TypedDict):
@@ -1187,6 +1488,183 @@ class Metered(TypedDict):
     started_ns: int
     name: str
     node: str
-    identity: dict[str, Any]
+    identity: Identity
     params: MeteredParams
-    cost: dict[str, Any]
+    cost: CostRecord
+    grant: NotRequired[GrantRecord | None]
+
+
+class MeteredStart(Metered):
+    """All of it."""
+
+    attempt: int
+    devices: int
+    recipe: str
+    question: str
+    experiment: str
+    tracking_uri: str | None
+    tags: dict[str, str]
+    datasets: list[Dataset]
+    environment: RunEnvironment
+
+
+# -- beside the records of runs -------------------------------------------------------------------
+
+
+class ItemsNote(TypedDict):
+    """NAME.about.json: what the per-document values in NAME.jsonl were read on."""
+
+    schema: NotRequired[int]
+    data: str
+    split: str
+    evaluation: str
+    artifact: NotRequired[str]
+
+
+class CacheFacts(TypedDict):
+    """What a teacher cache was made from and with."""
+
+    method: str
+    draws: int | None
+    k: int | None
+    temperature: float | None
+    vocabulary: int
+    precision: str
+    seed: int
+    sequence_length: int
+    batch_size: int
+    steps: int
+    teacher: str
+    data: str
+    tokenizer: str
+    packing: str
+
+
+class CacheShard(TypedDict):
+    """A shard of a teacher cache."""
+
+    sha256: str
+    windows: int
+    tokens: int
+    bytes: int
+
+
+class CacheManifest(CacheFacts):
+    """manifest.json of a teacher cache."""
+
+    format: int
+    versions: dict[str, str]
+    columns: dict[str, str]
+    windows: int
+    tokens: int
+    bytes: int
+    bytes_per_token: float
+    shards: list[CacheShard]
+
+
+# -- selftest.json --------------------------------------------------------------------------------
+
+
+class FalseRecord(TypedDict):
+    """How many answers were false; see `compare.selftest.FalseAnswers`."""
+
+    count: int
+    n: int
+    allowed: float
+    chance: float
+    ci: Ends | None
+    too_many: bool
+
+
+class TestedModel(TypedDict):
+    """The model that was held against itself."""
+
+    reference: str
+    digest: str
+    name: str | None
+    version: str | None
+
+
+class TestedPolicy(TypedDict):
+    """The policy that was tested; `load` is its setting."""
+
+    name: str
+    sha256: str
+    alpha: float
+    blocks: int
+    looks: int
+    load: dict[str, int]
+
+
+class TestedDtype(TypedDict):
+    """What was asked for, and in what an artifact that is stored in fp32 was served."""
+
+    asked: str | None
+    served: str | None
+
+
+class TrialRecord(TypedDict):
+    """A trial; see `compare.selftest.Trial`."""
+
+    outcome: str
+    looks: int
+    why: str | None
+    log_ratios: list[float]
+
+
+class TestedServing(TypedDict):
+    """What trials came to; see `compare.selftest.Served`."""
+
+    outcomes: dict[str, int]
+    false_pass: FalseRecord
+    false_fail: FalseRecord
+    sd_log: float | None
+    copies: list[float] | None
+    noise_floor: float | None
+    power: list[list[float]]
+    trials: list[TrialRecord]
+
+
+class TestedReading(TypedDict):
+    """What a quality criterion said of a model against itself."""
+
+    outcome: str
+    value: float | None
+    n: int | None
+    why: str | None
+
+
+class TestedQuality(TypedDict):
+    """All of them, by quality, and how many were false."""
+
+    false: FalseRecord
+    read: dict[str, TestedReading]
+
+
+class TestedTraining(TypedDict):
+    """What repeated trainings came to."""
+
+    device_hours: list[float]
+    sd_log: float
+    runs: int
+    device: ChargedOn
+    floor: float
+
+
+class SelftestRecord(TypedDict):
+    """selftest.json."""
+
+    schema: int
+    run_id: str
+    exit_code: int
+    too_many: bool
+    model: TestedModel
+    policy: TestedPolicy
+    device: DeviceRecord
+    data: str
+    dtype: TestedDtype
+    serving: TestedServing
+    quality: TestedQuality
+    training: TestedTraining | None
+    device_hours: float
+    created: str

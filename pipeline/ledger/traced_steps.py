@@ -38,6 +38,7 @@ from pipeline.ledger.gpu_timeline import (
     summary,
 )
 from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.shapes import TracedSteps
 from pipeline.ledger.values import null
 
 WARM_UP = 10  # steps that are not sampled: compiling, allocator and autotuning settle in them
@@ -170,7 +171,7 @@ class StepTracer:
             return
         attempted(profiler.stop, self._fail)
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> TracedSteps:
         """Return shares of step time, each step's classes, file names and what is to be said of
         them; plain JSON.
 
@@ -180,12 +181,12 @@ class StepTracer:
             self._recall(number)
         return attempted(self._result, self._no_result)
 
-    def _no_result(self, why: str) -> dict[str, Any]:
+    def _no_result(self, why: str) -> TracedSteps:
         said = unmeasured("traced steps", why)
         shares = {name: null(said).to_json() for name in FIGURES}
         return {"shares": shares, "steps": [], "traces": [], "notes": [*self._notes, said]}
 
-    def _result(self) -> dict[str, Any]:
+    def _result(self) -> TracedSteps:
         found = {number: self._classes[number] for number in sorted(self._classes)}
         shares = summary(list(found.values()), why_none=self._why_none())
         return {

@@ -20,6 +20,7 @@ from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.attempted import MEANT
 from pipeline.ledger.phases import PhaseClock
+from pipeline.ledger.shapes import QuantizedFacts
 from pipeline.models.load import (
     check_model_folder,
     is_taken_in_part,
@@ -238,7 +239,7 @@ class Quantized:
         """The share of the parameters that is in `fmt`."""
         return self.quantized_parameters / self.parameters
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> QuantizedFacts:
         """Return the facts worth keeping beside the artifact."""
         return {
             "format": self.fmt.value,

@@ -12,12 +12,30 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 ALIGNMENT = 64  # bytes; where torch puts what it makes
 _MKLDNN: Any = torch.backends.mkldnn  # its `matmul` is set up at run time, unseen by type checkers
+
+
+class Arithmetic(TypedDict):
+    """The process-wide settings that change the last bits of a matrix product."""
+
+    num_threads: int
+    gpu_matmul: str | bool  # as torch declares it
+    mkldnn: str
+
+
+class Request(TypedDict):
+    """What this program is asked: a folder to load, and how to compute."""
+
+    folder: str
+    auto_class: str
+    device: str
+    probes: Sequence[Sequence[int]]
+    arithmetic: Arithmetic
 
 
 def forward_digests(model: Any, probes: Sequence[Sequence[int]]) -> list[str]:
@@ -52,7 +70,7 @@ def align(model: Any) -> None:
             tensor.data = tensor.data.clone()
 
 
-def read_arithmetic() -> dict[str, Any]:
+def read_arithmetic() -> Arithmetic:
     """Return the process-wide settings that change the last bits of a matrix product."""
     return {
         "num_threads": torch.get_num_threads(),
@@ -61,14 +79,14 @@ def read_arithmetic() -> dict[str, Any]:
     }
 
 
-def set_arithmetic(settings: dict[str, Any]) -> None:
+def set_arithmetic(settings: Arithmetic) -> None:
     """Compute as the process that `read_arithmetic` was called in."""
     torch.set_num_threads(settings["num_threads"])
     torch.backends.cuda.matmul.fp32_precision = settings["gpu_matmul"]
     _MKLDNN.matmul.fp32_precision = settings["mkldnn"]
 
 
-def main(request: dict[str, Any]) -> None:
+def main(request: Request) -> None:
     """Load the folder that `request` names, and print its digests as the last line."""
     import transformers
 

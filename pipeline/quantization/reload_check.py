@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from pipeline.quantization.fresh_process import Arithmetic, Request
+
 PROBE_TOKENS = 32
 ANY_VOCABULARY = 128  # of models that read letters: ASCII
 RESERVED = 2  # positions that RoBERTa's kin count and cannot use
@@ -50,7 +52,7 @@ class Reference:
 
     probes: Probes
     digests: tuple[str, ...]
-    arithmetic: dict[str, Any]
+    arithmetic: Arithmetic
 
 
 def auto_class(task: Task) -> Any:
@@ -131,7 +133,7 @@ def check_bit_equal(
 
 def request_for(
     folder: Path, task: Task, reference: Reference, *, device: torch.device | str
-) -> dict[str, Any]:
+) -> Request:
     """Return what `PROGRAM` is asked: the folder to load, and how to compute what `reference`
     holds.
     """
@@ -144,7 +146,7 @@ def request_for(
     }
 
 
-def _digests_of_fresh_process(folder: Path, request: dict[str, Any]) -> list[str]:
+def _digests_of_fresh_process(folder: Path, request: Request) -> list[str]:
     # -P keeps this package's folder off the import path; -I would also drop a PYTHONPATH that torch
     # may come from.
     command = [sys.executable, "-P", "-W", "ignore", str(PROGRAM), json.dumps(request)]

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format, Prefer
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.numbers import apart, percents_apart
+from pipeline.ledger.shapes import FormatTrial
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Trial:
         """Return what the search makes small: seconds or bytes over the unquantized model's."""
         return self.time_ratio if prefer is Prefer.time else self.memory_ratio
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> FormatTrial:
         """Return the form it has in artifact.json; what is no number is null."""
         return {
             "format": self.fmt.value,

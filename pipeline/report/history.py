@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import RELATIVE
+from pipeline.ledger.shapes import (
+    FindingRecord,
+    Judgement,
+    ReleaseReading,
+    ReleaseRecord,
+    VerdictHistory,
+)
 from pipeline.report.chargeback import harmless
 from pipeline.report.text import markdown_text, pad
 
-History = Mapping[str, Any]
-Row = Mapping[str, Any]
 NO_MODEL = "(no registered model)"
 _HEAD = (
     "date (UTC)",
@@ -59,7 +63,7 @@ _SHORT = 8  # characters of a digest
 # -- rows -----------------------------------------------------------------------------------------
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: ReleaseRecord) -> list[str]:
     """Return a release's cells, as plain text."""
     version = row["version"]
     candidate = (
@@ -81,14 +85,14 @@ def _digest(digest: str | None) -> str:
     return one_line(digest or "-", _SHORT + 3)[:_SHORT]
 
 
-def _reading(figure: Row | None, symbol: str) -> str:
+def _reading(figure: ReleaseReading | None, symbol: str) -> str:
     if figure is None:
         return "-"
     value, low, high = (100 * figure[name] for name in ("value", "low", "high"))
     return f"{value:+.2f}{symbol} [{low:+.2f}, {high:+.2f}]"
 
 
-def _quality(row: Row) -> str:
+def _quality(row: ReleaseRecord) -> str:
     figure = row["quality"]
     if figure is None:
         return "-"
@@ -96,7 +100,7 @@ def _quality(row: Row) -> str:
     return _reading(figure, "%" if figure["relative"] else " pt") + margin
 
 
-def _judged(row: Row) -> str:
+def _judged(row: ReleaseRecord) -> str:
     """Return how often: looks, answers given again, and other policies, data or devices for the
     same pair.
     """
@@ -106,7 +110,7 @@ def _judged(row: Row) -> str:
     return ", ".join(said)
 
 
-def look_words(verdict: Row) -> str:
+def look_words(verdict: ReleaseRecord | Judgement) -> str:
     """Return which look gave a verdict; an INVALID one found nothing out, so that the look is still
     to be taken.
     """
@@ -120,30 +124,30 @@ def look_words(verdict: Row) -> str:
 # -- alarms ---------------------------------------------------------------------------------------
 
 
-def alarms(history: History) -> list[str]:
+def alarms(history: VerdictHistory) -> list[str]:
     """Return a sentence per alarm."""
     return [_sentence(each) for each in history["findings"] if each["alarm"]]
 
 
-def remarks(history: History) -> list[str]:
+def remarks(history: VerdictHistory) -> list[str]:
     """Return a sentence per question that raised no alarm: what it came to, or why it cannot be
     answered.
     """
     return [_sentence(each) for each in history["findings"] if not each["alarm"]]
 
 
-def _sentence(finding: Row) -> str:
+def _sentence(finding: FindingRecord) -> str:
     of = one_line(finding["of"], 80).removeprefix("quality/").replace("_", " ")
     return _step(finding, of) if finding["kind"] == "step" else _drift(finding, of)
 
 
-def _step(finding: Row, of: str) -> str:
+def _step(finding: FindingRecord, of: str) -> str:
     if finding["why"]:
         return f"no step in {of} can be judged: {one_line(finding['why'], 200)}"
     unit = _unit(finding)
-    bound = f"{100 * finding['level']:g}% bound {100 * finding['high']:+.2f}{unit}"
+    bound = f"{_percent(finding['level']):g}% bound {_percent(finding['high']):+.2f}{unit}"
     said = (
-        f"{100 * finding['value']:+.2f}{unit} ({bound}) against {finding['releases']} earlier"
+        f"{_percent(finding['value']):+.2f}{unit} ({bound}) against {finding['releases']} earlier"
         " releases"
     )
     if finding["alarm"]:
@@ -151,16 +155,16 @@ def _step(finding: Row, of: str) -> str:
     return f"no step down in {of}: {said}"
 
 
-def _drift(finding: Row, of: str) -> str:
+def _drift(finding: FindingRecord, of: str) -> str:
     if finding["why"]:
         return f"no drift in {of} can be judged: {one_line(finding['why'], 200)}"
     if not finding["releases"]:
         return f"no drift in {of}: the newest champion is the best"
-    unit, ends = _unit(finding), [100 * finding[name] for name in ("low", "high")]
+    unit, ends = _unit(finding), [_percent(finding[name]) for name in ("low", "high")]
     said = (
-        f"{100 * finding['value']:+.2f}{unit} [{ends[0]:+.2f}, {ends[1]:+.2f}] over"
+        f"{_percent(finding['value']):+.2f}{unit} [{ends[0]:+.2f}, {ends[1]:+.2f}] over"
         f" {finding['releases']} changes since {_digest(finding['since'])}, margin"
-        f" {100 * finding['margin']:g}"
+        f" {_percent(finding['margin']):g}"
     )
     if finding["alarm"]:
         return (
@@ -172,7 +176,13 @@ def _drift(finding: Row, of: str) -> str:
     )
 
 
-def _unit(finding: Row) -> str:
+def _percent(share: float | None) -> float:
+    """Return a figure of a finding in per cent; one that gives no reason why not has them all."""
+    assert share is not None
+    return 100 * share
+
+
+def _unit(finding: FindingRecord) -> str:
     shares = finding["of"] == "serving" or finding["of"].removeprefix("quality/") in RELATIVE
     return "%" if shares else " pt"
 
@@ -180,14 +190,14 @@ def _unit(finding: Row) -> str:
 # -- terminal, Markdown, CSV ----------------------------------------------------------------------
 
 
-def table(history: History) -> list[str]:
+def table(history: VerdictHistory) -> list[str]:
     """Return the lines of a terminal's table."""
     rows = [list(_HEAD), *(cells(row) for row in history["releases"])]
     widths = [max(len(row[index]) for row in rows) for index in range(len(_HEAD))]
     return ["  ".join(map(pad, row, widths)).rstrip() for row in rows]
 
 
-def recent(history: History) -> list[str]:
+def recent(history: VerdictHistory) -> list[str]:
     """Return the lines of the section "The last releases" of a report; alarms stand first."""
     if history["why"] and len(history["releases"]) < 2:
         return [
@@ -212,7 +222,7 @@ def recent(history: History) -> list[str]:
     ]
 
 
-def to_csv(histories: Sequence[History]) -> str:
+def to_csv(histories: Sequence[VerdictHistory]) -> str:
     """Return all releases as CSV (RFC 4180): numbers are numbers, what is not known is empty, no
     cell is a formula.
     """

@@ -760,8 +760,7 @@ def _notes(result: Result) -> list[str]:
     lines += reading_lines(result)
     attempts = result["run"]["attempts"]
     lines += [f"the run took {attempts} attempts"] if attempts > 1 else []
-    given = result["environment"].get("notes") or []
-    lines += [given] if isinstance(given, str) else [str(note) for note in given]
+    lines += result["environment"]["notes"]
     return [bullet(line) for line in dict.fromkeys(lines)]
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pipeline.compare.selftest import POWER, TEST_ALPHA
 from pipeline.errors import one_line
 from pipeline.ledger.numbers import percent
+from pipeline.ledger.shapes import (
+    FalseRecord,
+    SelftestRecord,
+    TestedQuality,
+    TestedServing,
+    TestedTraining,
+)
 from pipeline.report.text import bullet
 
-Result = Mapping[str, Any]
 
-
-def lines(result: Result) -> list[str]:
+def lines(result: SelftestRecord) -> list[str]:
     """Return what a self-test came to, the answer first."""
     policy, device = result["policy"], result["device"]
     return [
@@ -29,7 +31,7 @@ def lines(result: Result) -> list[str]:
     ]
 
 
-def markdown(result: Result) -> str:
+def markdown(result: SelftestRecord) -> str:
     """Return the report."""
     first, *rest = lines(result)
     return "\n".join(
@@ -37,7 +39,7 @@ def markdown(result: Result) -> str:
     )
 
 
-def _answer(result: Result) -> str:
+def _answer(result: SelftestRecord) -> str:
     model = result["model"]
     named = f"{one_line(model['name'] or '', 80)} {model['digest'][:8]}".strip()
     if result["too_many"]:
@@ -50,7 +52,7 @@ def _answer(result: Result) -> str:
     return f"OK: {named} against itself gets no more false answers than alpha allows"
 
 
-def _serving(serving: Result) -> list[str]:
+def _serving(serving: TestedServing) -> list[str]:
     counts = serving["outcomes"]
     said = [
         f"serving: false PASS {_share(serving['false_pass'])}; false FAIL"
@@ -59,7 +61,7 @@ def _serving(serving: Result) -> list[str]:
     ]
     why = next((trial["why"] for trial in serving["trials"] if trial["outcome"] == "INVALID"), None)
     said += [f"INVALID because: {one_line(why, 200)}"] if why else []
-    if serving["noise_floor"] is None:
+    if serving["noise_floor"] is None or serving["sd_log"] is None:
         return said
     said.append(
         f"noise floor: a serving saving of {percent(serving['noise_floor'])} can be"
@@ -78,14 +80,14 @@ def _serving(serving: Result) -> list[str]:
     return said
 
 
-def _share(answers: Result) -> str:
-    if not answers["n"]:
+def _share(answers: FalseRecord) -> str:
+    if answers["ci"] is None:
         return "of none"
     low, high = answers["ci"]
     return f"{answers['count']} of {answers['n']} [{percent(low)}, {percent(high)}]"
 
 
-def _quality(quality: Result) -> str:
+def _quality(quality: TestedQuality) -> str:
     read = ", ".join(
         f"{one_line(key, 60)} {each['outcome']}" for key, each in quality["read"].items()
     )
@@ -94,7 +96,7 @@ def _quality(quality: Result) -> str:
     )
 
 
-def _training(training: Result | None) -> list[str]:
+def _training(training: TestedTraining | None) -> list[str]:
     if training is None:
         return [
             "training: not repeated (train=...), so that a release's training saving is a point"
@@ -102,6 +104,6 @@ def _training(training: Result | None) -> list[str]:
         ]
     return [
         f"training: device-hours of {training['runs']} runs have sd of ln {training['sd_log']:.4f}"
-        f" on {one_line(training['device']['name'], 60)}: savings up to"
+        f" on {one_line(training['device'].get('name'), 60)}: savings up to"
         f" {percent(training['floor'])} cannot be distinguished from none"
     ]

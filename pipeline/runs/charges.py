@@ -11,7 +11,7 @@ from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.disturbance import mean
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.record import disturbance_of
-from pipeline.ledger.shapes import HoursPart, Row
+from pipeline.ledger.shapes import ChargedOn, ChargeRecord, HoursPart, Row
 from pipeline.ledger.values import Value
 from pipeline.runs.past_cost import charge, past_spend
 from pipeline.runs.rows import hours_in
@@ -79,7 +79,7 @@ def note_charges(running: Running) -> None:
         # Noted when it was made, or by an earlier run that made the same bytes.
         if "charge" in facts_of(artifact.path):
             continue
-        where = {
+        where: ChargedOn = {
             "kind": device_of(running.session.device).kind,
             "name": device_name(running.session.device),
             "count": running.session.devices,
@@ -91,21 +91,16 @@ def note_charges(running: Running) -> None:
             charge(row["arm"], spends_of(running, seed), existing)["work_device_hours"]
             for seed in running.session.seeds
         ]
-        tokens = row["ledger"]["counts"]["tokens"]["value"]
-        running.session.store.annotate(
-            artifact,
-            "charge",
-            {
-                "run_id": row["reused"] or running.session.run_id,
-                "seed": row["seed"],
-                "device": where,
-                "tokens": tokens,
-                **facts,
-                **(
-                    {"seeds_device_hours": repeats} if len(repeats) > 1 and min(repeats) > 0 else {}
-                ),
-            },
-        )
+        noted: ChargeRecord = {
+            "run_id": row["reused"] or running.session.run_id,
+            "seed": row["seed"],
+            "device": where,
+            "tokens": row["ledger"]["counts"]["tokens"]["value"],
+            **facts,
+        }
+        if len(repeats) > 1 and min(repeats) > 0:
+            noted["seeds_device_hours"] = [*repeats]
+        running.session.store.annotate(artifact, "charge", noted)
 
 
 def _foreign_load(own: list[Row]) -> Value:

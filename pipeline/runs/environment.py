@@ -8,22 +8,25 @@ import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from pipeline.data.documents import Dataset
 from pipeline.ledger.attempted import attempted
+from pipeline.ledger.shapes import Environment
 
-LIBRARIES = ("torch", "transformers", "accelerate", "hydra-core", "safetensors", "numpy")
 
-
-def environment(command: str, data: Dataset, notes: Sequence[str]) -> dict[str, Any]:
+def environment(command: str, data: Dataset, notes: Sequence[str]) -> Environment:
     """Return with what and how the figures were made."""
     return {
         "command": command,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        **{name: _version(name) for name in LIBRARIES},
+        "torch": _version("torch"),
+        "transformers": _version("transformers"),
+        "accelerate": _version("accelerate"),
+        "hydra-core": _version("hydra-core"),
+        "safetensors": _version("safetensors"),
+        "numpy": _version("numpy"),
         "commit": commit(),
         "data": data.name,
         "data_digest": data.digest,

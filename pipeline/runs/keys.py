@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pipeline.config.settings.run import Run
 from pipeline.data.completions import file_digest
@@ -28,7 +28,15 @@ UNKEYED = ("tracking", "budget", "ledger", "allow_no_speedup")
 UNSERVED = ("volume", "rate", "results", "check_vllm")
 
 
-def made_on(session: Session) -> dict[str, Any]:
+class MadeOn(TypedDict):
+    """What a timing holds for."""
+
+    device: str
+    devices: int
+    threads: int | None
+
+
+def made_on(session: Session) -> MadeOn:
     """Return what a timing holds for: device, their number, and threads."""
     return {
         "device": device_name(session.device),
@@ -77,7 +85,7 @@ def evaluation_settings(session: Session) -> dict[str, Any]:
     # say.
     quality = {k: v for k, v in plain(config).items() if k not in ("margin", "tasks")}
     return {
-        "quality": quality | tasks_identity(config),
+        "quality": {**quality, **tasks_identity(config)},
         "sequence_length": session.scored_length,
         "version": ASSESSMENT_VERSION,
     }

@@ -40,7 +40,7 @@ from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.placement import NOTHING_KNOWN, Grant, grant, placement
 from pipeline.ledger.records import RUN, read_record, sealed, sound_events, tell
-from pipeline.ledger.shapes import RunState
+from pipeline.ledger.shapes import Identity, Placement, RunEnvironment, RunState
 from pipeline.runs.book import Book
 from pipeline.runs.environment import commit
 from pipeline.runs.keys import reading_key, run_keys
@@ -121,7 +121,7 @@ def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> R
             command=command,
             started_ns=started_ns,
             sampler=sampler,
-            identity=_identity(run, folder, config, data) | owner,
+            identity=_identity(run, folder, config, data),
             placement=placed,
             grant=granted,
             engine=engine,
@@ -146,8 +146,8 @@ def _engines(engine: Mapping[str, EngineResult]) -> list[str]:
     ]
 
 
-def _identity(run: Run, folder: Path, config: str, data: Dataset) -> dict[str, Any]:
-    """Return what the run was made from."""
+def _identity(run: Run, folder: Path, config: str, data: Dataset) -> Identity:
+    """Return what the run was made from, and whose it is."""
     return {
         "model_name": run.model.name,
         "run": folder.name,
@@ -155,6 +155,9 @@ def _identity(run: Run, folder: Path, config: str, data: Dataset) -> dict[str, A
         "config": config,
         "commit": commit(),
         "data": data.digest,
+        "team": run.tracking.team,
+        "cost_center": run.tracking.cost_center,
+        "purpose": run.tracking.purpose,
     }
 
 
@@ -191,16 +194,14 @@ def _open_device(run: Run, clock: PhaseClock) -> Any:
     return device
 
 
-def _placement(
-    device: Any, sampler: Sampler, notes: list[str]
-) -> tuple[Grant | None, dict[str, Any]]:
+def _placement(device: Any, sampler: Sampler, notes: list[str]) -> tuple[Grant | None, Placement]:
     """Return what a scheduler gave this job, and where it stands; what cannot be read is noted."""
     devices = 1  # that one process drives
 
     def unread(what: str, why: str) -> None:
         notes.append(unmeasured(what, why))
 
-    def nothing_known(why: str) -> dict[str, Any]:
+    def nothing_known(why: str) -> Placement:
         unread("the placement", why)
         return {**NOTHING_KNOWN, "count": devices}
 
@@ -219,6 +220,11 @@ def _journal_start(session: Session) -> None:
     run, data, device = session.run, session.data, device_name(session.device)
     settings = redact_settings(plain(run))
     write_json(session.folder / "config.json", settings)
+    environment: RunEnvironment = {
+        "device": device,
+        "data.digest": data.digest,
+        "mlflow.source.git.commit": session.identity.get("commit"),
+    }
     session.journal.write(
         "run_start",
         run_id=session.run_id,
@@ -232,11 +238,7 @@ def _journal_start(session: Session) -> None:
         tracking_uri=declared_uri(run.tracking.uri),
         params=flat(settings),
         tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v} | nested_in(),
-        environment={
-            "device": device,
-            "data.digest": data.digest,
-            "mlflow.source.git.commit": session.identity["commit"],
-        },
+        environment=environment,
         datasets=[
             {
                 "name": data.name,

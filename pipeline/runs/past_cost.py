@@ -6,11 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline.compare.savings import Spend, counted
 from pipeline.ledger.records import REGISTERED, tell, why_damaged
-from pipeline.ledger.shapes import ChainCharge
+from pipeline.ledger.shapes import ChainCharge, Registered
 from pipeline.ledger.values import Value, derive, null
 from pipeline.store.artifacts import MANIFEST, digest_given, read_json
 
@@ -41,7 +40,7 @@ def past_spend(arm: str, path: str | None, device: str) -> Spend:
         registered = None
     if not isinstance(manifest, dict) or registered is None:
         return Spend(arm=arm, flops=0.0, existing=True)
-    why = _why_not_charged(folder, manifest, registered, device)
+    why = _why_not_charged(folder, manifest.get("digest"), registered, device)
     if why is not None:
         return Spend(arm=arm, flops=0.0, existing=True, unknown=why)
     return Spend(
@@ -54,11 +53,11 @@ def past_spend(arm: str, path: str | None, device: str) -> Spend:
 
 
 def _why_not_charged(
-    folder: Path, manifest: dict[str, Any], registered: dict[str, Any], device: str
+    folder: Path, digest: str | None, registered: Registered, device: str
 ) -> str | None:
     """Return why the hours that a model was registered with cannot be charged here, or None."""
     # No digest covers artifact.json: other weights may lie beside the cost of these.
-    if digest_given(folder)[0] != manifest.get("digest"):
+    if digest_given(folder)[0] != digest:
         return "existing model, changed since it was registered"
     known = registered["device"]["name"]
     if known != device:

@@ -322,10 +322,11 @@ def _recovery(output: Output) -> Figures:
     read = output.about.get("recovery")
     if read is None:
         return {}
-    found = {
-        name: null(LOST) if read[name] is None else measured(read[name]) for name in ("loss", "kl")
+    found = {name: read[name] for name in ("loss", "kl")}
+    return {
+        name: (null(LOST) if value is None else measured(value)).to_json()
+        for name, value in found.items()
     }
-    return {name: value.to_json() for name, value in found.items()}
 
 
 def _quantization(output: Output) -> QuantizationRecord | None:
@@ -359,10 +360,13 @@ def _peak(session: Session, stage: Stage, output: Output) -> Value:
     named = stage.precisions("", session.run)
     if not named:
         return null("this stage trains nothing")
-    in_force = named[0].precision
-    if in_force is Precision.auto and "precision" not in output.about:
+    in_force, found = named[0].precision, output.about.get("precision")
+    if in_force is not Precision.auto:
+        chosen = in_force.value
+    elif found is None:
         return null("no precision was chosen yet")
-    chosen = output.about["precision"]["chosen"] if in_force is Precision.auto else in_force.value
+    else:
+        chosen = found["chosen"]
     precision = chosen.partition("_")[0]  # bf16_pure, fp8_rowwise: of the same products
     declared = getattr(session.run.hardware.peak_tflops, precision)
     return peak(device_name(session.device), precision, declared)

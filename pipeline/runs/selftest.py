@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,20 @@ from pipeline.ledger.journal import Journal, heartbeat
 from pipeline.ledger.metrics import PRIMARY, TASK
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.records import ENDED, read_record
-from pipeline.ledger.shapes import EndedResult
+from pipeline.ledger.shapes import (
+    ChargedOn,
+    ChargeRecord,
+    DtypeRecord,
+    EndedResult,
+    Figures,
+    Quality,
+    RunEnvironment,
+    SelftestRecord,
+    TestedReading,
+    TestedServing,
+    TestedTraining,
+)
+from pipeline.ledger.shapes import Dataset as Split
 from pipeline.ledger.values import Value, measured, null
 from pipeline.runs.signals import on_stop_signal
 from pipeline.store.artifacts import Store, facts_of, key_of, plain, write_json, write_text
@@ -99,13 +112,13 @@ class SelfTest:
     started_ns: int
     trials: list[Trial] = field(default_factory=list[Trial])
     signs: list[int] = field(default_factory=list[int])
-    quality: dict[str, Any] = field(default_factory=dict[str, Any])
+    quality: dict[str, TestedReading] = field(default_factory=dict)
     copies: str = ""
     # what it was served in (`serving_dtype.py`)
-    dtype: dict[str, Any] = field(default_factory=dict[str, Any])
+    dtype: DtypeRecord = field(default_factory=DtypeRecord)
     compare_ns: int = 0
     hours: list[float] = field(default_factory=list[float])
-    trained_on: dict[str, Any] | None = None
+    trained_on: ChargedOn | None = None
     stop_signal: int | None = None
 
     def check(self) -> None:
@@ -138,7 +151,8 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
 
     test = _open(run, options, started_ns)
     writer = start_writer(test.folder) if run.tracking.mlflow else None
-    status, why, result = "FAILED", "crashed", dict[str, Any]()
+    status, why = "FAILED", "crashed"
+    result: SelftestRecord | None = None
     try:
         with (
             heartbeat(test.journal),
@@ -164,6 +178,7 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
             print(said, file=sys.stderr)
     from pipeline.report.selftest import lines
 
+    assert result is not None, "what ended otherwise has raised"
     print("\n".join(["", *lines(result)]))
     return result["exit_code"]
 
@@ -208,7 +223,7 @@ def _open(run: Run, options: Options, started_ns: int) -> SelfTest:
     test = SelfTest(run, options, release, data, device, clock, folder, journal, lock, started_ns)
     settings = redact_settings({**plain(run), RECIPE: plain(options)})
     write_json(folder / "config.json", settings)
-    journal.write("run_start", **_start(test, flat(settings)))
+    _journal_start(test, flat(settings))
     return test
 
 
@@ -221,34 +236,36 @@ def _writable(root: Path) -> Generator[None]:
         raise UserError("root", problem, "give a folder to write to") from None
 
 
-def _start(test: SelfTest, params: dict[str, Any]) -> dict[str, Any]:
+def _journal_start(test: SelfTest, params: Mapping[str, Any]) -> None:
+    """Write the journal's first line."""
     from pipeline.config.owner import OWNER
     from pipeline.ledger.foreign import nested_in
     from pipeline.ledger.peaks import device_name
 
     run, data = test.run, test.data
     owner = {name: value for name in OWNER if (value := getattr(run.tracking, name))}
-    return {
-        "run_id": test.folder.name,
-        "started_ns": test.started_ns,
-        "attempt": 1,
-        "devices": 1,
-        "recipe": RECIPE,
-        "question": QUESTION,
-        "experiment": run.tracking.experiment or RECIPE,
-        "tracking_uri": declared_uri(run.tracking.uri),
-        "params": params,
-        "tags": owner | nested_in(),
-        "environment": {"device": device_name(test.device), "data.digest": data.digest},
-        "datasets": [
-            {
-                "name": data.name,
-                "digest": data.digest,
-                "split": "test",
-                "num_documents": len(data.splits["test"]),
-            }
-        ],
+    environment: RunEnvironment = {"device": device_name(test.device), "data.digest": data.digest}
+    split: Split = {
+        "name": data.name,
+        "digest": data.digest,
+        "split": "test",
+        "num_documents": len(data.splits["test"]),
     }
+    test.journal.write(
+        "run_start",
+        run_id=test.folder.name,
+        started_ns=test.started_ns,
+        attempt=1,
+        devices=1,
+        recipe=RECIPE,
+        question=QUESTION,
+        experiment=run.tracking.experiment or RECIPE,
+        tracking_uri=declared_uri(run.tracking.uri),
+        params=params,
+        tags=owner | nested_in(),
+        environment=environment,
+        datasets=[split],
+    )
 
 
 # -- a model against itself -----------------------------------------------------------------------
@@ -363,7 +380,7 @@ def _device(test: SelfTest) -> str:
     return device_name(test.device)
 
 
-def _quality(test: SelfTest) -> dict[str, Any]:
+def _quality(test: SelfTest) -> dict[str, TestedReading]:
     """Score the artifact twice and compare it with itself on each quality that the policy asks
     for.
     """
@@ -374,7 +391,7 @@ def _quality(test: SelfTest) -> dict[str, Any]:
     asked = gating_metrics(policy, run.task)
     if not asked:
         return {}
-    sides: list[dict[str, Any]] = [
+    sides = [
         assess_quality(
             test.release.artifact.path,
             documents=test.data.splits["test"],
@@ -390,12 +407,13 @@ def _quality(test: SelfTest) -> dict[str, Any]:
         )
         for number in (1, 2)
     ]
-    found: dict[str, Any] = {}
+    found: dict[str, TestedReading] = {}
     for key in asked:
         held_by = key if key.startswith(TASK) else PRIMARY[run.task]
-        if any(not (side.get(held_by) or {}).get("items") for side in sides):
+        items = [path for side in sides if (path := _items_of(side, held_by)) is not None]
+        if len(items) < len(sides):
             continue
-        arm, base = (read_items(Path(side[held_by]["items"])) for side in sides)
+        arm, base = map(read_items, items)
         read = quality_criterion(
             key,
             arm,
@@ -411,6 +429,12 @@ def _quality(test: SelfTest) -> dict[str, Any]:
             "why": read.why,
         }
     return found
+
+
+def _items_of(quality: Quality, key: str) -> Path | None:
+    """Return where the per-document values of a quality lie, if there are any."""
+    items = quality[key]["items"] if key in quality else None
+    return None if not items else Path(items)
 
 
 # -- one training again and again -----------------------------------------------------------------
@@ -449,7 +473,7 @@ def _free_device(device: Any) -> None:
 
 def _one_training(
     args: Sequence[str], root: Path, said: str, check: Callable[[], None]
-) -> tuple[float, dict[str, Any]]:
+) -> tuple[float, ChargedOn]:
     """Run a recipe to its end; return C of its primary arm, in device-hours, and the device that it
     names.
 
@@ -467,12 +491,12 @@ def _one_training(
         problem = f"{said} ended with exit code {code} ({last[:200]})"
         raise UserError("train", problem, "run it alone first: python -m pipeline ...")
     charge = _charge(read_record(root / "latest" / "result.json", ENDED))
-    hours = charge.get("work_device_hours") or 0.0
-    if hours <= 0:
+    hours = (None if charge is None else charge["work_device_hours"]) or 0.0
+    if charge is None or hours <= 0:
         raise UserError(
             "train", f"{said} trained nothing", "name a recipe whose primary arm is trained"
         )
-    return hours, charge["device"]
+    return hours, charge.get("device", {})
 
 
 def _run(command: list[str], check: Callable[[], None]) -> tuple[int, str]:
@@ -493,7 +517,7 @@ def _run(command: list[str], check: Callable[[], None]) -> tuple[int, str]:
             raise
 
 
-def _charge(result: EndedResult | None) -> dict[str, Any]:
+def _charge(result: EndedResult | None) -> ChargeRecord | None:
     """Return what the primary artifact's chain took, as a gate will read it from its
     artifact.json.
     """
@@ -502,14 +526,13 @@ def _charge(result: EndedResult | None) -> dict[str, Any]:
         for row in ([] if result is None else result["rows"])
         if row["arm"] == (result or {}).get("primary_arm") and (artifact := row["artifact"])
     ]
-    charge = facts_of(Path(made[0]["path"])).get("charge") if made else None
-    return charge if isinstance(charge, dict) else {}
+    return facts_of(Path(made[0]["path"])).get("charge") if made else None
 
 
 # -- what it came to ------------------------------------------------------------------------------
 
 
-def _result(test: SelfTest) -> dict[str, Any]:
+def _result(test: SelfTest) -> SelftestRecord:
     policy = test.run.policy
     served = sum_up(
         test.trials, test.signs, alpha=policy.alpha, blocks=policy.blocks, looks=policy.looks
@@ -545,7 +568,7 @@ def _result(test: SelfTest) -> dict[str, Any]:
         },
         "device": {"kind": device_of(test.device).kind, "name": _device(test), "count": 1},
         "data": test.data.digest,
-        "dtype": {name: test.dtype.get(name) for name in ("asked", "served")},
+        "dtype": {"asked": test.dtype.get("asked"), "served": test.dtype.get("served")},
         "serving": _served_json(served, test.trials),
         "quality": {"false": quality.to_json(), "read": test.quality},
         "training": _training_json(test),
@@ -554,7 +577,7 @@ def _result(test: SelfTest) -> dict[str, Any]:
     }
 
 
-def _served_json(served: Served, trials: Sequence[Trial]) -> dict[str, Any]:
+def _served_json(served: Served, trials: Sequence[Trial]) -> TestedServing:
     return {
         "outcomes": served.outcomes,
         "false_pass": served.passes.to_json(),
@@ -575,8 +598,8 @@ def _served_json(served: Served, trials: Sequence[Trial]) -> dict[str, Any]:
     }
 
 
-def _training_json(test: SelfTest) -> dict[str, Any] | None:
-    if not test.hours:
+def _training_json(test: SelfTest) -> TestedTraining | None:
+    if test.trained_on is None:
         return None
     sd_log, runs = training_spread(test.hours), len(test.hours)
     return {
@@ -588,12 +611,12 @@ def _training_json(test: SelfTest) -> dict[str, Any] | None:
     }
 
 
-def _end(test: SelfTest, result: dict[str, Any], status: str, why: str | None) -> None:
+def _end(test: SelfTest, result: SelftestRecord | None, status: str, why: str | None) -> None:
     """Write what there is, and what it took; MLflow gets it from the journal."""
     from pipeline.report.selftest import lines, markdown
 
     files: list[str] = []
-    if result:
+    if result is not None:
         write_json(test.folder / FILE, result)
         write_text(test.folder / REPORT, markdown(result))
         files = [FILE, REPORT]
@@ -616,7 +639,7 @@ def _end(test: SelfTest, result: dict[str, Any], status: str, why: str | None) -
         "spent": hours["total"],
         "reused": measured(0.0).to_json(),
     }
-    shown = "\n".join(lines(result)) if result else f"{status}: {why}"
+    shown = f"{status}: {why}" if result is None else "\n".join(lines(result))
     test.journal.write(
         "run_end",
         status=status,
@@ -630,13 +653,14 @@ def _end(test: SelfTest, result: dict[str, Any], status: str, why: str | None) -
     test.lock.release()
 
 
-def _tags(result: dict[str, Any]) -> dict[str, Any]:
+def _tags(result: SelftestRecord) -> dict[str, str | int | None]:
     """Return the tags that a gate finds a spread by, and what was tested."""
-    device = (result["training"] or result)["device"]
+    training = result["training"]
+    device = result["device"] if training is None else training["device"]
     model = result["model"]["name"] or result["model"]["digest"]
     return {
-        "device": device["name"],
-        "devices": device["count"],
+        "device": device.get("name"),
+        "devices": device.get("count"),
         "model": model,
         "digest": result["model"]["digest"],
         "policy": result["policy"]["name"],
@@ -645,7 +669,7 @@ def _tags(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _values(result: dict[str, Any]) -> dict[str, Any]:
+def _values(result: SelftestRecord) -> Figures:
     serving, quality, training = result["serving"], result["quality"]["false"], result["training"]
     false = serving["false_pass"]["count"] + serving["false_fail"]["count"]
     counted = {
@@ -659,9 +683,9 @@ def _values(result: dict[str, Any]) -> dict[str, Any]:
         "device_hours": result["device_hours"],
     }
     unjudged = null("no trial could be judged")
+    spreads = {"serving_sd_log": serving["sd_log"], "noise_floor": serving["noise_floor"]}
     fields = {
-        name: unjudged if serving[key] is None else measured(serving[key])
-        for name, key in (("serving_sd_log", "sd_log"), ("noise_floor", "noise_floor"))
+        name: unjudged if value is None else measured(value) for name, value in spreads.items()
     }
     if training is not None:
         fields |= {

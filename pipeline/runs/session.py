@@ -17,6 +17,7 @@ from pipeline.ledger.journal import Journal
 from pipeline.ledger.memory import MemoryMeter
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.placement import Grant
+from pipeline.ledger.shapes import Identity, Placement
 from pipeline.stages.base import Stage, stages_of
 from pipeline.store.artifacts import Store
 
@@ -50,8 +51,8 @@ class Session:
     command: str
     started_ns: int
     sampler: Sampler
-    identity: dict[str, Any]
-    placement: dict[str, Any]
+    identity: Identity
+    placement: Placement
     grant: Grant | None
     devices: int = 1
     engine: dict[str, EngineResult] = field(default_factory=dict)

@@ -38,7 +38,7 @@ from pipeline.distillation.sparse import Codec, Columns, Dense, Sampled, TopK
 from pipeline.distillation.transform import Transform, Unknown
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.records import SHARD, read_record
-from pipeline.ledger.shapes import Shard
+from pipeline.ledger.shapes import CacheFacts, CacheManifest, CacheShard, Shard
 from pipeline.ledger.values import measured, null
 from pipeline.models.load import load_model, load_tokenizer
 from pipeline.stages.base import TEACHER
@@ -110,18 +110,17 @@ def run_capture(stage: CaptureSettings, inputs: Mapping[str, Artifact], ctx: Con
         plan = list(_plan(rows, micro, settings.sequence_length))
     records = _all_shards(source, plan, micro, ctx)
     with ctx.clock.phase("checkpoint"):
-        facts = {
-            **_facts(source, stage, settings),
-            "teacher": inputs[TEACHER].digest,
-            "data": ctx.data.digest,
-            "tokenizer": tokenizer_digest(tokenizer),
-            "packing": packing_digest(source.windows),
-        }
+        facts = _facts(source, settings, inputs[TEACHER], tokenizer, ctx.data.digest)
         # Hard links where the disk has them: shards are not written twice.
         for number in range(len(plan)):
             place(ctx.checkpoints / shard_name(number), ctx.out / shard_name(number))
-        shards = [
-            {name: record[name] for name in ("sha256", "windows", "tokens", "bytes")}
+        shards: list[CacheShard] = [
+            {
+                "sha256": record["sha256"],
+                "windows": record["windows"],
+                "tokens": record["tokens"],
+                "bytes": record["bytes"],
+            }
             for record in records
         ]
         manifest = write_manifest(ctx.out, facts, shards)
@@ -179,20 +178,26 @@ def _codec(
     return Sampled(stage.draws or Sampled.most(vocabulary), vocabulary, temperature)
 
 
-def _facts(source: _Source, stage: CaptureSettings, settings: TrainingConfig) -> dict[str, Any]:
+def _facts(
+    source: _Source, settings: TrainingConfig, teacher: Artifact, tokenizer: Any, data: str
+) -> CacheFacts:
+    """Return what a cache is made from and with."""
     codec = source.codec
-    chosen = {
-        name: getattr(codec, name, None)
-        for name in ("method", "draws", "k", "temperature", "vocabulary")
-    }
     return {
-        **chosen,
-        "draws": chosen["draws"] or None,
+        "method": codec.method,
+        "draws": codec.draws or None,
+        "k": codec.k if isinstance(codec, TopK) else None,
+        "temperature": None if isinstance(codec, Dense) else codec.temperature,
+        "vocabulary": codec.vocabulary,
         "precision": source.precision.value,
         "seed": source.seed,
         "sequence_length": settings.sequence_length,
         "batch_size": settings.batch_size,
         "steps": settings.steps,
+        "teacher": teacher.digest,
+        "data": data,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "packing": packing_digest(source.windows),
     }
 
 
@@ -389,7 +394,7 @@ def _output(
     source: _Source,
     stage: CaptureSettings,
     records: Sequence[Shard],
-    manifest: dict[str, Any],
+    manifest: CacheManifest,
     ctx: Context,
 ) -> Output:
     """Return the teacher's FLOPs, tokens and time; nothing was trained, so there are no steps."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.ledger.shapes import HistoryEntry, OutputRecord
+from pipeline.ledger.shapes import About, HistoryEntry, OutputRecord, StageTimeline
 from pipeline.ledger.values import Value
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Output:
     seconds_in_steps: float | None = None
     existing: bool = False
     notes: tuple[str, ...] = ()
-    gpu_timeline: dict[str, Any] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)
+    gpu_timeline: StageTimeline = field(default_factory=StageTimeline)
+    about: About = field(default_factory=About)
 
     def to_json(self) -> OutputRecord:
         """Return what `from_json` reads back; notes are said once and not kept."""
@@ -65,10 +65,16 @@ class Output:
     @staticmethod
     def from_json(raw: OutputRecord) -> Output:
         """Read back what `to_json` wrote."""
-        counts = {name: Value.from_json(value) for name, value in raw["counts"].items()}
-        known = {each.name for each in fields(Output)} - {"counts"}
-        rest: dict[str, Any] = {name: value for name, value in raw.items() if name in known}
-        return Output(counts=counts, **rest)
+        return Output(
+            counts={name: Value.from_json(value) for name, value in raw["counts"].items()},
+            flops_per_step=raw["flops_per_step"],
+            flops_by_rule=raw.get("flops_by_rule"),
+            curve=raw["curve"],
+            seconds_in_steps=raw["seconds_in_steps"],
+            existing=raw["existing"],
+            gpu_timeline=raw["gpu_timeline"],
+            about=raw["about"],
+        )
 
 
 @dataclass(slots=True)

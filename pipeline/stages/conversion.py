@@ -9,13 +9,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, TypedDict
 
 from pipeline.config.arms import BASE, stage_name
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format, Prefer
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
 from pipeline.config.settings.run import Run, scored_length
 from pipeline.errors import UserError
+from pipeline.ledger.shapes import About, CalibrationRecord
 from pipeline.stages.base import (
     MODEL,
     BeforeRun,
@@ -271,7 +272,8 @@ class Conversion(Stage):
         """Return why the model stays in the numbers that it had, or None."""
         if "quantization" in output.about:
             return None
-        return output.about.get("search", {}).get("why") or NOTHING_HOLDS
+        search = output.about.get("search")
+        return (None if search is None else search["why"]) or NOTHING_HOLDS
 
     def allowed(self, run: Run) -> float:
         """Return the largest loss of the primary quality: a fraction of bits per byte, a difference
@@ -311,7 +313,8 @@ class Conversion(Stage):
         units = units_said(self.format, ctx.device) if self.format in SIXTEEN_BITS else ""
         notes = (f"{ctx.stage}: {done.say()}", *([f"{ctx.stage}: {units}"] if units else []))
         return Output(
-            notes=notes, about={"quantization": {**done.describe(), **self._calibrated(ctx)}}
+            notes=notes,
+            about={"quantization": {**done.describe(), "calibration": self._calibrated(ctx)}},
         )
 
     def _search(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
@@ -358,7 +361,7 @@ class Conversion(Stage):
         said = [f"{ctx.stage}: tried {trial.say(self.allowed(ctx.run))}" for trial in found.trials]
         said += [f"{ctx.stage}: not tried: {reason}" for reason in (*reasons, *found.refused)]
         missed = found.missed
-        about: dict[str, Any] = {
+        about: About = {
             "search": {
                 "prefer": self.prefer.value,
                 "tolerance": self.allowed(ctx.run),
@@ -392,24 +395,24 @@ class Conversion(Stage):
 
         return calibration_documents(self, ctx.run, ctx.data, setting(ctx, "calibration"))
 
-    def _calibrated(self, ctx: Context) -> dict[str, Any]:
-        """Return what activations were looked at."""
+    def _calibrated(self, ctx: Context) -> CalibrationRecord | None:
+        """Return what activations were looked at; None where none were."""
         if self.smoothing is None:
-            return {"calibration": None}
+            return None
         from pipeline.data.completions import file_digest
 
         with ctx.clock.phase("prepare"):
             documents = self._looked_at(ctx)
             given = None if self.calibration is None else file_digest(self.calibration)
         source = self.calibration or f"train split of {ctx.data.name}"
-        return {
-            "calibration": {
-                "smoothing": self.smoothing,
-                "source": source,
-                "documents": len(documents),
-                **({} if given is None else {"digest": given}),
-            }
+        found: CalibrationRecord = {
+            "smoothing": self.smoothing,
+            "source": source,
+            "documents": len(documents),
         }
+        if given is not None:
+            found["digest"] = given
+        return found
 
     def smooth(self, model: Any, source: Path, ctx: Context) -> None:
         """Move outliers of activations into the weights of `model`, in place; it looks at
@@ -442,7 +445,15 @@ def setting(ctx: Context, name: str) -> str:
     return f"stages.{stage_name(ctx.stage)}.{name}"
 
 
-def read_with(run: Run) -> dict[str, Any]:
+class ReadWith(TypedDict):
+    """What decides a reading on validation."""
+
+    batch_size: int
+    max_bytes: int | None
+    sequence_length: int
+
+
+def read_with(run: Run) -> ReadWith:
     """Return what decides a reading on validation."""
     return {
         "batch_size": run.quality.batch_size,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from pipeline.config.settings.quantization import Fallback, Format
 from pipeline.config.settings.run import Run
+from pipeline.ledger.shapes import RecoveryRecord
 from pipeline.stages.base import MODEL, Reference, Stage
 from pipeline.stages.conversion import NOTHING_HOLDS, Conversion, read_with
 from pipeline.stages.distill_settings import DistillSettings
@@ -160,5 +161,9 @@ def read_output(done: Output, source: Artifact, ctx: Context) -> Output:
             source.path, ctx.run, ctx.data, ctx.device, read_with(ctx.run)["sequence_length"]
         )
         loss, kl = yard.read(ctx.out)
-    read = {"loss": finite(loss), "kl": finite(kl), "documents": len(yard.validation)}
+    read: RecoveryRecord = {
+        "loss": finite(loss),
+        "kl": finite(kl),
+        "documents": len(yard.validation),
+    }
     return replace(done, about={**done.about, "recovery": read})

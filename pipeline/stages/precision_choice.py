@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.records import CHOICE, read_record
-from pipeline.ledger.shapes import PrecisionChoice
+from pipeline.ledger.shapes import PrecisionChoice, PrecisionTrial
 from pipeline.store.artifacts import write_json
 from pipeline.training.float8 import RECIPES, wide_layers
 from pipeline.training.loop import trial_steps
@@ -90,7 +90,7 @@ class Choice:
 def decide(tried: Sequence[Tried], refused: Sequence[str], tolerance: float) -> Choice:
     """Choose the fastest of those whose loss tracks fp32's, the first of `tried`."""
     reference, said = tried[0], list[str]()
-    best, best_ratio, trials = reference, 1.0, list[dict[str, Any]]()
+    best, best_ratio, trials = reference, 1.0, list[PrecisionTrial]()
     others = [
         each
         for each in tried

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Optional, TypedDict
 
 from pipeline.config.arms import BASE
 from pipeline.config.settings.ranges import positive
 from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.ledger.metrics import DIRECTION, PRIMARY
+from pipeline.ledger.shapes import About
 from pipeline.stages.base import BeforeRun, is_base_shaped
 from pipeline.stages.distill_settings import DistillSettings
 from pipeline.stages.settings import training_precision, training_settings
@@ -34,6 +35,24 @@ if TYPE_CHECKING:
 # ruff: noqa: UP045
 
 SHARE = 4  # one layer in so many is dropped where no number is given
+
+
+class Pruned(TypedDict):
+    """What was dropped, as artifact.json has it.
+
+    `trials` holds, for every layer that was dropped, what the model read without each of those that
+    were left.
+    """
+
+    layers: int
+    dropped: list[int]
+    trials: list[dict[int, float]]
+
+
+class AboutPruned(About, total=False):
+    """What this stage found out."""
+
+    pruning: Pruned
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,16 +114,17 @@ class PruneStage(DistillSettings):
         """Drop layers, train what is left, and leave it in `ctx.out`."""
         from pipeline.stages.training import run_training
 
-        about: dict[str, Any] = {}
+        found: Pruned = {"layers": 0, "dropped": [], "trials": []}
         made = run_training(
-            self, inputs, ctx, distill=self, start=lambda: self._start(inputs, ctx, about)
+            self, inputs, ctx, distill=self, start=lambda: self._start(inputs, ctx, found)
         )
-        said = f"{ctx.stage}: dropped layers {', '.join(map(str, about['dropped']))} of"
-        said = f"{said} {about['layers']}"
-        return replace(made, notes=(said, *made.notes), about={**made.about, "pruning": about})
+        said = f"{ctx.stage}: dropped layers {', '.join(map(str, found['dropped']))} of"
+        said = f"{said} {found['layers']}"
+        about: AboutPruned = {**made.about, "pruning": found}
+        return replace(made, notes=(said, *made.notes), about=about)
 
-    def _start(self, inputs: Mapping[str, Artifact], ctx: Context, about: dict[str, Any]) -> Start:
-        """Return the cut model on the device, its tokenizer, and what saves it; `about` takes what
+    def _start(self, inputs: Mapping[str, Artifact], ctx: Context, found: Pruned) -> Start:
+        """Return the cut model on the device, its tokenizer, and what saves it; `found` takes what
         was found.
         """
         from pipeline.models.layers import layer_count, with_layers
@@ -115,7 +135,7 @@ class PruneStage(DistillSettings):
         model: Any
         model, tokenizer = start_weights(self.model, inputs, ctx, new_head=False)
         kept = list(range(layer_count(model.config)))
-        about |= {"layers": len(kept), "dropped": [], "trials": []}
+        found["layers"] = len(kept)
 
         def cut(chosen: Sequence[int]) -> Any:
             made: Any = with_layers(model, chosen, f"{key}.drop", scratch=ctx.out.parent)
@@ -125,8 +145,8 @@ class PruneStage(DistillSettings):
             for _ in range(self.num_dropped(len(kept), key)):
                 read = {layer: self._reading(cut, kept, layer, tokenizer, ctx) for layer in kept}
                 least_missed = min(read, key=lambda layer: read[layer])
-                about["trials"].append(read)
-                about["dropped"].append(least_missed)
+                found["trials"].append(read)
+                found["dropped"].append(least_missed)
                 kept.remove(least_missed)
         return cut(kept), tokenizer, lambda trained: save_model(trained, tokenizer, ctx.out)
 

@@ -34,6 +34,7 @@ from pipeline.config.settings.quantization import (
 from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.ledger.numbers import percents_apart
+from pipeline.ledger.shapes import RecoveryRecord
 from pipeline.stages.base import MODEL, Attempts, PrecisionInForce, Stage, refusal_words
 from pipeline.stages.conversion import Conversion
 from pipeline.stages.fallbacks import BETTER, FormatFallback, Published, TrainedFallback
@@ -220,8 +221,8 @@ class _Trial:
             if output is None:
                 continue
             self.made.append(arm)
-            if "recovery" in output.about:
-                if self._is_within(arm, output):
+            if (read := output.about.get("recovery")) is not None:
+                if self._is_within(arm, read):
                     return self._publish(arm)
             # a search that found nothing: what came nearest is resumed from
             elif isinstance(fallback, FormatFallback):
@@ -280,11 +281,12 @@ class _Trial:
         if output is None:
             return None
         self.made.append(arm)
-        return arm if self._is_within(arm, output) else None
+        read = output.about.get("recovery")
+        return arm if read is not None and self._is_within(arm, read) else None
 
-    def _is_within(self, arm: str, output: Output) -> bool:
+    def _is_within(self, arm: str, read: RecoveryRecord) -> bool:
         """Say what a fallback loses on validation, and return whether that is allowed."""
-        loss = output.about["recovery"]["loss"]
+        loss = read["loss"]
         allowed = self.stage.allowed(self.attempts.run)
         if loss is None:
             self.attempts.say(f"{arm}: its loss on validation is no number")
@@ -297,7 +299,8 @@ class _Trial:
         """Return the stage with the format that its search would have taken, had it been within the
         tolerance.
         """
-        missed = output.about["search"]["next"]
+        search = output.about.get("search")
+        missed = None if search is None else search["next"]
         if missed is None:
             return None
         found = self.stage.settled(Format(missed["format"]), missed["exclude"])

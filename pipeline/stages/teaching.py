@@ -15,7 +15,7 @@ from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import PackedBatches, PaddedBatches
 from pipeline.data.prompts import PartlySampled, Prompts
 from pipeline.data.tokenizer import tokenizer_digest
-from pipeline.distillation.cache import TeacherCache, Windows, needed, packing_digest
+from pipeline.distillation.cache import TeacherCache, Wanted, Windows, needed, packing_digest
 from pipeline.distillation.hidden import HiddenSignal, layer_pairs
 from pipeline.distillation.losses import Loss
 from pipeline.distillation.on_policy import Writing
@@ -88,26 +88,26 @@ def open_cache(
 
 def _expected(
     own: DistillSettings, windows: Windows, tokenizer: Any, teacher: Artifact, ctx: Context
-) -> dict[str, Any]:
+) -> Wanted:
     """Return what a cache must say of itself for a stage that reads `windows` to take it."""
     run = ctx.run
     stage = run.stages[own.cache or ""]  # the capture that made it, by this recipe
-    chosen = {"method": stage.method.value, "temperature": own.temperature}
-    if run.task.kind.labelled:
-        chosen = {"method": Dense.method}  # logits serve every temperature
-    given = {
-        name: getattr(stage, name) for name in ("draws", "k") if getattr(stage, name) is not None
-    }
-    return {
+    wanted: Wanted = {
         "sequence_length": training_settings(own, run).sequence_length,
         "tokenizer": tokenizer_digest(tokenizer),
         "data": ctx.data.digest,
         "packing": packing_digest(windows),
         "teacher": teacher.digest,
         "precision": frozen(training_precision(stage, run), ctx.device).value,
-        **chosen,
-        **(given if run.task.kind.is_language else {}),
+        "method": Dense.method if run.task.kind.labelled else stage.method.value,
     }
+    if not run.task.kind.labelled:  # logits serve every temperature
+        wanted["temperature"] = own.temperature
+    if run.task.kind.is_language and stage.draws is not None:
+        wanted["draws"] = stage.draws
+    if run.task.kind.is_language and stage.k is not None:
+        wanted["k"] = stage.k
+    return wanted
 
 
 class IndexedBatches:

@@ -26,7 +26,7 @@ from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.metrics import PRIMARY
-from pipeline.ledger.shapes import PrecisionChoice
+from pipeline.ledger.shapes import About, StageTimeline
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
 from pipeline.ledger.values import Value, derive, estimated, measured, null
 from pipeline.models.load import (
@@ -172,7 +172,7 @@ def run_training(
     output = ready.flops.add_to(output, progress.flops)
     said = (*ready.said, choice, head, _epochs_said(settings, ready.num_rows, ctx))
     notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
-    about = {} if choice is None else {"precision": choice.about}
+    about: About = {} if choice is None else {"precision": choice.about}
     return replace(output, notes=notes, gpu_timeline=timeline, about=about)
 
 
@@ -287,7 +287,7 @@ def _check_teaches(
 
 def _loop(
     ready: _Prepared, validate: Callable[[], float], settings: TrainingConfig, ctx: Context
-) -> tuple[Progress, dict[str, Any]]:
+) -> tuple[Progress, StageTimeline]:
     """Run the one training loop; return how it went, and what the device did meanwhile."""
     with (
         ctx.progress(f"{ctx.stage}", settings.steps) as advance,
@@ -384,7 +384,7 @@ def _chosen(
     """Return the precision found by trial: that of the stage named by `like`, so that like is
     compared with like.
     """
-    matched: PrecisionChoice | None = None if ctx.like is None else ctx.like.about.get("precision")
+    matched = None if ctx.like is None else ctx.like.about.get("precision")
     if stage.precision is None and matched:
         return Choice(
             Precision(matched["chosen"]), {**matched, "said": [f"as {stage.like} has it"]}
@@ -429,7 +429,7 @@ def _advancing(
     return advanced
 
 
-def _timeline(phases: GpuPhases | None, tracer: StepTracer, ctx: Context) -> dict[str, Any]:
+def _timeline(phases: GpuPhases | None, tracer: StepTracer, ctx: Context) -> StageTimeline:
     """Return what the device did, as `Output.gpu_timeline` has it; the steps are over, so it may be
     waited for.
     """

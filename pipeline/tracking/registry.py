@@ -25,12 +25,12 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pipeline.config.redaction import redact_value, without_login
 from pipeline.errors import UserError
@@ -43,6 +43,8 @@ from pipeline.tracking.deliver import MAX_NAME, MAX_TAG, is_down, pages, quiet, 
 if TYPE_CHECKING:
     from pipeline.compare.history import Judged
 
+Tags: TypeAlias = Mapping[str, str | float | None]
+"""Of a version, by name; without a value, one is left out."""
 CHAMPION = "champion"
 GATE, SELFTEST = "gate", "selftest"  # what tags and figures of verdicts and self-tests begin with
 DIGEST, URL, PATH = "artifact.digest", "artifact.url", "artifact.path"  # tags of a version
@@ -484,7 +486,7 @@ def _tagged(client: Any, query: str) -> Iterator[Any]:
 # -- writing --------------------------------------------------------------------------------------
 
 
-def tag_version(uri: str, version: Version, tags: dict[str, Any]) -> None:
+def tag_version(uri: str, version: Version, tags: Tags) -> None:
     """Write tags on a version; those without a value are left out.
 
     Raises:
@@ -501,7 +503,7 @@ def promote(
     name: str,
     candidate: Candidate,
     expected: str | None,
-    tags: dict[str, Any],
+    tags: Tags,
     *,
     key: str = "candidate",
 ) -> Version:
@@ -545,7 +547,7 @@ def _compare(champion: str | None, expected: str | None, name: str) -> None:
         )
 
 
-def _register(client: Any, name: str, candidate: Candidate, tags: dict[str, Any]) -> str:
+def _register(client: Any, name: str, candidate: Candidate, tags: Tags) -> str:
     """Return the number of the version that is this artifact, made if there is none."""
     own = {
         DIGEST: candidate.digest,
@@ -583,7 +585,7 @@ def _move(client: Any, name: str, number: str) -> None:
             raise
 
 
-def _tags(tags: dict[str, Any]) -> dict[str, str]:
+def _tags(tags: Tags) -> dict[str, str]:
     """Return tags as MLflow takes them: clean names, no secrets, nothing empty, nothing longer than
     its limit.
     """

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError, one_line
+from pipeline.ledger.shapes import VerdictHistory
 
 USAGE = """Usage: python -m pipeline history [options]
 
@@ -103,7 +103,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
     )
 
 
-def read_histories(settings: Settings) -> list[dict[str, Any]]:
+def read_histories(settings: Settings) -> list[VerdictHistory]:
     """Return a history per model, by name; the models come last that are none.
 
     Raises:
@@ -132,7 +132,7 @@ def read_histories(settings: Settings) -> list[dict[str, Any]]:
     ]
 
 
-def _show(settings: Settings, histories: Sequence[dict[str, Any]]) -> int:
+def _show(settings: Settings, histories: Sequence[VerdictHistory]) -> int:
     from pipeline.report.history import NO_MODEL, alarms, remarks, table, to_csv
 
     found = [each for history in histories for each in alarms(history)]

@@ -19,7 +19,7 @@ from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.records import CHARGED, ENDED, read_record
-from pipeline.ledger.shapes import ChargedDevice, ChargedRow, Figure
+from pipeline.ledger.shapes import ChargedDevice, ChargedOn, ChargedRow, ChargeRecord, Figure
 from pipeline.models.files import model_files
 from pipeline.store.artifacts import Artifact, Store, bring, digest_folder, read_json, write_json
 
@@ -44,13 +44,13 @@ class Charge:
     rows: tuple[ChargedRow, ...]
     device: ChargedDevice
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ChargeRecord:
         """Return the form it has in artifact.json; a figure that any row lacks is null."""
         own = [row for row in self.rows if row["arm"] == self.arm and row["status"] == "FINISHED"]
         return {
             "run_id": self.run_id,
             "arm": self.arm,
-            "device": self.device,
+            "device": ChargedOn(**self.device),
             "work_device_hours": _sum(row["ledger"]["device_hours"]["work"] for row in self.rows),
             "retry_device_hours": _sum(row["ledger"]["device_hours"]["retry"] for row in self.rows),
             "tokens": own[-1]["ledger"]["counts"]["tokens"]["value"],
@@ -93,7 +93,7 @@ def main(argv: list[str], _started_ns: int = 0) -> int:
     cost = charge.to_json()
     print(
         f"{artifact.path}\n{cost['work_device_hours']:.6g} device-hours of work,"
-        f" {cost['retry_device_hours']:.6g} of retry, on {cost['device']['name']} (run"
+        f" {cost['retry_device_hours']:.6g} of retry, on {charge.device['name']} (run"
         f" {charge.run_id})\nuse it: model.path={artifact.path}"
     )
     return Exit.DONE
@@ -141,7 +141,7 @@ def _check_made(given: Path, folder: Path, charge: Charge) -> None:
         )
 
 
-def _note(artifact: Artifact, store: Store, named: dict[str, Any], charge: Charge) -> None:
+def _note(artifact: Artifact, store: Store, named: dict[str, str], charge: Charge) -> None:
     """Write the ledger into the artifact's manifest, which its digest does not cover.
 
     Raises:

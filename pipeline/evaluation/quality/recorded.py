@@ -23,7 +23,7 @@ from pipeline.config.text_files import read_bytes, read_text_file
 from pipeline.errors import UserError, one_line
 from pipeline.evaluation.quality.assess import Arrays, entries_of, figures_of
 from pipeline.ledger.metrics import PRIMARY
-from pipeline.ledger.shapes import Quality, QualityFigure
+from pipeline.ledger.shapes import ItemsNote, Quality, QualityFigure
 from pipeline.ledger.values import null
 from pipeline.store.artifacts import read_json, write_json
 from pipeline.tasks.table import Task
@@ -42,16 +42,16 @@ def write_identity(items: Path, **facts: str) -> None:
     write_json(about(items), {"schema": 1, **facts})
 
 
-def read_identity(items: Path) -> dict[str, Any] | None:
+def read_identity(items: Path) -> ItemsNote | None:
     """Return the note of per-document values; None where data, split or evaluation is missing from
     it.
     """
     note = read_json(about(items))
-    return (
-        note
-        if isinstance(note, dict) and all(isinstance(note.get(key), str) for key in IDENTITY)
-        else None
-    )
+    return note if _says_all(note) else None
+
+
+def _says_all(note: Any) -> bool:
+    return isinstance(note, dict) and all(isinstance(note.get(key), str) for key in IDENTITY)
 
 
 def values_digest(items: Path) -> str:

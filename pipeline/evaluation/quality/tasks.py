@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import yaml
 
@@ -75,6 +75,26 @@ class TaskFile:
     name: str
     settings: dict[str, Any]
     digest: str
+
+
+class TasksIdentity(TypedDict, total=False):
+    """What tasks add to an assessment's key: their digests, and lm-eval's version."""
+
+    tasks: list[str]
+    lm_eval: str
+
+
+class Sample(TypedDict):
+    """What lm-eval keeps of a document under a filter; each metric's score stands beside these,
+    under its name.
+    """
+
+    doc_id: int
+    filter: str
+    arguments: list[tuple[Any, ...]]
+    resps: list[Any]
+    doc_hash: str
+    target_hash: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +167,7 @@ def read_tasks(config: QualityConfig) -> list[TaskFile]:
     return found
 
 
-def identity(config: QualityConfig) -> dict[str, Any]:
+def identity(config: QualityConfig) -> TasksIdentity:
     """Return what tasks add to an assessment's key: nothing without tasks, so that what was
     assessed stays so.
     """
@@ -423,7 +443,7 @@ def _num_tokens(asked: Asked, tokenizer: Any, enough: int) -> int:
     return num_read + asked.num_new if asked.num_new else num_read - 1
 
 
-def _asked(samples: Sequence[Mapping[str, Any]]) -> list[Asked]:
+def _asked(samples: Sequence[Sample]) -> list[Asked]:
     """Return what was asked, of each document once; texts that lm-eval itself reads in windows are
     left out.
     """
@@ -575,8 +595,8 @@ def _quietly() -> Generator[None]:
 def _scores(name: str, found: Mapping[str, Any]) -> TaskScores:
     import numpy as np
 
-    samples: list[dict[str, Any]] = found["samples"][name]
-    by_filter: dict[str, list[dict[str, Any]]] = {}
+    samples: list[Sample] = found["samples"][name]
+    by_filter: dict[str, list[Sample]] = {}
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         by_filter.setdefault(sample["filter"], []).append(sample)
     scores: dict[str, np.ndarray] = {}
@@ -606,7 +626,7 @@ def _scores(name: str, found: Mapping[str, Any]) -> TaskScores:
     )
 
 
-def _digest(sample: Mapping[str, Any]) -> str:
+def _digest(sample: Sample) -> str:
     """Return what a document is paired by: arms that were asked otherwise are not compared."""
     content = [sample[name] for name in ("doc_hash", "target_hash", "arguments")]
     return f"{sample['doc_id']}-{_short_hash(content)}"

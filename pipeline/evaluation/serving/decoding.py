@@ -9,7 +9,7 @@ held against the growing cache before it is believed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config.settings.serving import Decode
@@ -60,7 +60,7 @@ class Growing:
 
     held_bytes = peak_bytes = 0
 
-    def __init__(self, forward: Any, given: dict[str, Any], why: str = "") -> None:
+    def __init__(self, forward: Any, given: Mapping[str, int], why: str = "") -> None:
         self._forward, self._given = forward, given
         self.how = f"dynamic cache ({why})" if why else "dynamic cache"
         self._cache: Any = None
@@ -102,7 +102,7 @@ class Fixed:
     def __init__(
         self,
         model: Any,
-        given: dict[str, Any],
+        given: Mapping[str, int],
         prompt: torch.Tensor,
         size: int,
         *,
@@ -156,7 +156,7 @@ def chosen(decode: Decode, device: torch.device) -> Decode:
 
 
 def make_decoder(
-    model: Any, decode: Decode, given: dict[str, Any], prompt: torch.Tensor, new: int
+    model: Any, decode: Decode, given: Mapping[str, int], prompt: torch.Tensor, new: int
 ) -> Decoder:
     """Return the decoder asked for, or one with a growing cache that says why it is not that.
 
@@ -189,7 +189,7 @@ def make_decoder(
 
 def _fixed(
     model: Any,
-    given: dict[str, Any],
+    given: Mapping[str, int],
     prompt: torch.Tensor,
     new: int,
     *,

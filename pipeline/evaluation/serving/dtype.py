@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.serving.measure import check_load, draw_prompts
 from pipeline.evaluation.serving.server import load
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.shapes import Figures
+from pipeline.ledger.shapes import DtypeRecord, Figures
 from pipeline.ledger.values import measured
 from pipeline.models.load import load_config, load_model, quantized_by
 from pipeline.models.sixteen_bits import (
@@ -110,7 +110,7 @@ class DtypeChoice:
             return None
         return "fp32" if self.served is None else self.served.value
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> DtypeRecord:
         """Return the form it has in the record of a pass."""
         return {
             "asked": self.asked.value,

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.others import Others, stolen, taken, throttled
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.shapes import Figures, ServedPass
+from pipeline.ledger.shapes import DtypeRecord, Figures, ServedPass, WarmUpRecord
 from pipeline.ledger.values import Value, derive, measured, null
 from pipeline.models.load import positions
 from pipeline.tasks.table import Task
@@ -93,16 +93,16 @@ class ServePass:
     conditions: Figures = field(default_factory=dict)
     joules: tuple[np.ndarray, np.ndarray] | None = None
     why_no_joules: str | None = None
-    dtype: dict[str, Any] = field(default_factory=dict)
+    dtype: DtypeRecord = field(default_factory=DtypeRecord)
     orders: dict[Pair, list[str]] = field(default_factory=dict)
     places: dict[Pair, list[list[int]]] = field(default_factory=dict)
     order_seed: int | None = None
-    warm_up: dict[str, Any] = field(default_factory=dict)
+    warm_up: WarmUpRecord = field(default_factory=WarmUpRecord)
 
     def to_json(self) -> ServedPass:
         """Return what `from_json` reads back."""
         seconds = [
-            [*pair, arm.tolist(), base.tolist()] for pair, (arm, base) in self.seconds.items()
+            (*pair, arm.tolist(), base.tolist()) for pair, (arm, base) in self.seconds.items()
         ]
         joules = None if self.joules is None else [side.tolist() for side in self.joules]
         return {
@@ -113,8 +113,8 @@ class ServePass:
             "joules": joules,
             "why_no_joules": self.why_no_joules,
             "dtype": self.dtype,
-            "orders": [[*pair, order] for pair, order in self.orders.items()],
-            "places": [[*pair, places] for pair, places in self.places.items()],
+            "orders": [(*pair, order) for pair, order in self.orders.items()],
+            "places": [(*pair, places) for pair, places in self.places.items()],
             "order_seed": self.order_seed,
             "warm_up": self.warm_up,
         }
@@ -370,7 +370,7 @@ class Interleaved:
     readings: dict[str, Readings]
     orders: dict[Pair, list[str]]
     places: dict[Pair, list[list[int]]]
-    warm_up: dict[str, Any]
+    warm_up: WarmUpRecord
 
 
 def measure_interleaved(
@@ -453,7 +453,7 @@ def _warm_until_steady(
     new: int,
     repeats: Mapping[str, int],
     check: Callable[[], None],
-) -> dict[str, Any]:
+) -> WarmUpRecord:
     """Read all arms in turns, keeping nothing, until they are steady or `MOST_ROUNDS` are over.
 
     Steady: the readings of the last two rounds lie within `STEADY` of the two before, as the mean

@@ -41,6 +41,8 @@ from pipeline.tasks.table import Task
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.evaluation.serving.vllm_process import Request
+
 DOCUMENTS = 8
 TOKENS = 512  # of each, at most
 BYTES_OF_A_TOKEN = 16  # more of a document are not tokenized for each token that is read
@@ -226,16 +228,13 @@ def _ask(
         answer, request, said = (
             Path(scratch) / name for name in ("answer.json", "request.json", "said")
         )
-        request.write_text(
-            json.dumps(
-                {
-                    "folder": str(folder.resolve()),
-                    "prompts": prompts,
-                    "answer": str(answer),
-                    "more": _room(device),
-                }
-            )
-        )
+        asked: Request = {
+            "folder": str(folder.resolve()),
+            "prompts": prompts,
+            "answer": str(answer),
+            "more": _room(device),
+        }
+        request.write_text(json.dumps(asked))
         # no pipe: what vLLM starts may hold one open for longer than it lives itself
         with said.open("w") as stderr:
             process = subprocess.Popen(

@@ -13,16 +13,25 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 
-def log_likelihoods(request: dict[str, Any]) -> list[list[float]]:
+class Request(TypedDict):
+    """What this program is asked; `more` goes to vLLM, and the answer to the file `answer`."""
+
+    folder: str
+    prompts: list[list[int]]
+    answer: str
+    more: dict[str, Any]
+
+
+def log_likelihoods(request: Request) -> list[list[float]]:
     """Return natural log-probabilities of each prompt's tokens but the first, as vLLM gives
     them.
     """
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
-    prompts: list[list[int]] = request["prompts"]
+    prompts = request["prompts"]
     model: Any = LLM(
         model=request["folder"],
         dtype="auto",
@@ -43,5 +52,5 @@ def log_likelihoods(request: dict[str, Any]) -> list[list[float]]:
 
 
 if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[1]).read_text())
+    asked: Request = json.loads(Path(sys.argv[1]).read_text())
     Path(asked["answer"]).write_text(json.dumps(log_likelihoods(asked)))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
+
+from pipeline.ledger.shapes import ReportedDevices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ class Reader(Protocol):
     @property
     def why(self) -> str | None: ...
     def read(self) -> tuple[Reading, ...]: ...
-    def placement(self) -> dict[str, Any]: ...
+    def placement(self) -> ReportedDevices: ...
     def close(self) -> None: ...
 
 
@@ -75,7 +77,7 @@ class Absent:
         """Return no reading."""
         return ()
 
-    def placement(self) -> dict[str, Any]:
+    def placement(self) -> ReportedDevices:
         """Return nothing: no device reported anything."""
         return {}
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.ledger.foreign import ENV
 from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.ranks import opened as opened_gpus
 from pipeline.ledger.ranks import read_lives
 from pipeline.ledger.records import METERED, sound_events, tell, why_damaged
-from pipeline.ledger.shapes import Event
+from pipeline.ledger.shapes import Event, Metered
 from pipeline.ledger.values import null
 from pipeline.runs.metering.row import Facts
 from pipeline.runs.metering.run import RECIPE, MeteredRun
@@ -59,15 +58,15 @@ def _is_over(folder: Path, events: list[Event]) -> bool:
     if why is not None:
         tell(folder / "journal.jsonl", why, "that run is not ended")
         return False
-    if _is_elsewhere(events[0]):  # not every shared file system shares locks
+    if _start(events)["node"] != platform.node():  # not every shared file system shares locks
         return time.time() - events[-1]["t"] > ELSEWHERE_S
     mark = f"{ENV}={folder.resolve()}".encode()
     return not any(_has(event["pid"], mark) for event in events if event["e"] == "started")
 
 
-def _is_elsewhere(start: Mapping[str, Any]) -> bool:
-    """Tell whether the first line of a metered command was written on another node."""
-    return start["node"] != platform.node()
+def _start(events: list[Event]) -> Metered:
+    """Return the first line of a metered command's journal, which METERED has let through."""
+    return cast("Metered", events[0])
 
 
 def _has(pid: int, mark: bytes) -> bool:
@@ -82,9 +81,7 @@ def _has(pid: int, mark: bytes) -> bool:
 
 def _end(folder: Path, lock: Any, events: list[Event]) -> None:
     """Write what the killed meter could not, up to the last sign of life of it and of the ranks."""
-    start: dict[str, Any] = {
-        name: value for name, value in events[0].items() if name not in ("e", "t", "mono_ns")
-    }
+    start = _start(events)
     opened = next(event for event in events if event["e"] == "open")
     lives, _ = read_lives(folder, start["node"])
     last = events[-1]

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.config.settings.cost import CostConfig
 from pipeline.ledger.devices.table import toolkit_names
@@ -18,7 +17,15 @@ from pipeline.ledger.placement import NOTHING_KNOWN, Grant, allocated_hours
 from pipeline.ledger.ranks import IDLE, Life, apportion, counts, merge
 from pipeline.ledger.reconcile import problems
 from pipeline.ledger.record import HOUR_NS, Spent, hours, ledger
-from pipeline.ledger.shapes import Checked, HoursPart, Row
+from pipeline.ledger.shapes import (
+    Checked,
+    HoursPart,
+    Metered,
+    Placement,
+    ReportedDevices,
+    Row,
+    Scheduler,
+)
 from pipeline.ledger.values import Value, null
 from pipeline.runs.metering.watch import Used
 
@@ -59,7 +66,7 @@ class Facts:
 _OF_PHASES: tuple[HoursPart, ...] = ("productive", "support", "wasted")
 
 
-def make_row(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> Row:
+def make_row(start: Metered, facts: Facts, lives: Sequence[Life]) -> Row:
     """Return the row of a metered command.
 
     What failed, or was killed, led to nothing that this meter knows of: its hours are retry, by
@@ -99,7 +106,7 @@ def make_row(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> R
     }
 
 
-def _finished(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> Checked:
+def _finished(start: Metered, facts: Facts, lives: Sequence[Life]) -> Checked:
     timeline = (
         merge(lives, facts.start_ns, facts.end_ns, facts.used.ids)
         if lives
@@ -127,7 +134,7 @@ def _finished(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> 
     return record
 
 
-def _lost(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> Checked:
+def _lost(start: Metered, facts: Facts, lives: Sequence[Life]) -> Checked:
     found = dict.fromkeys(counts(lives), null(ENDED_BADLY))
     return _ledger(
         start,
@@ -137,9 +144,7 @@ def _lost(start: Mapping[str, Any], facts: Facts, lives: Sequence[Life]) -> Chec
     )
 
 
-def _ledger(
-    start: Mapping[str, Any], facts: Facts, spent: Spent, found: Mapping[str, Value]
-) -> Checked:
+def _ledger(start: Metered, facts: Facts, spent: Spent, found: Mapping[str, Value]) -> Checked:
     why = "the allocator's statistics are the program's own"
     memory = {**unread(why), "host_peak_rss_bytes": facts.host_peak}
     memory["nvml_peak_bytes"] = facts.used.read().memory_used_peak_bytes
@@ -181,8 +186,9 @@ def _disturbance(used: Used) -> Disturbance:
     )
 
 
-def _granted(start: Mapping[str, Any]) -> Grant | None:
-    return None if start["grant"] is None else Grant(**start["grant"])
+def _granted(start: Metered) -> Grant | None:
+    granted = start.get("grant")
+    return None if granted is None else Grant(**granted)
 
 
 def _silence(record: Checked) -> None:
@@ -198,19 +204,24 @@ def _silence(record: Checked) -> None:
     record["counts"]["goodput"] = silent
 
 
-def _placement(start: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
-    granted = start["grant"]
-    scheduler = None if granted is None else {**granted, "name": granted["scheduler"]}
+def _placement(start: Metered, facts: Facts) -> Placement:
+    granted = start.get("grant")
+    scheduler: Scheduler | None = (
+        None if granted is None else {**granted, "name": granted["scheduler"]}
+    )
     uuids = [] if facts.used.kind == "cpu" else list(facts.used.ids)
-    return {
+    reported: ReportedDevices = {
         **NOTHING_KNOWN,
         "device_names": [facts.used.name] * facts.used.count,
         "uuids": uuids,
         **facts.used.placement,
-        "node": start["node"],
-        "count": facts.used.count,
-        "cores": os.cpu_count(),
-        "scheduler": scheduler,
-        "torch": None,
-        **dict.fromkeys(toolkit_names()),
     }
+    return Placement(
+        **reported,
+        node=start["node"],
+        count=facts.used.count,
+        cores=os.cpu_count(),
+        scheduler=scheduler,
+        torch=None,
+        **dict.fromkeys(toolkit_names()),
+    )

@@ -27,7 +27,16 @@ from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.placement import Grant, grant
 from pipeline.ledger.ranks import read_lives, restarts
 from pipeline.ledger.run_cost import run_cost
-from pipeline.ledger.shapes import Result, Row, RunTotals
+from pipeline.ledger.shapes import (
+    Environment,
+    Identity,
+    Metered,
+    MeteredParams,
+    MeteredStart,
+    Result,
+    Row,
+    RunTotals,
+)
 from pipeline.ledger.values import measured
 from pipeline.report.metered import conclude, markdown
 from pipeline.runs.metering.options import Settings
@@ -51,7 +60,7 @@ class MeteredRun:
     folder: Path
     journal: Journal
     lock: Any
-    start: dict[str, Any]
+    start: Metered
 
     @staticmethod
     def open(settings: Settings, started_ns: int) -> MeteredRun:
@@ -61,7 +70,7 @@ class MeteredRun:
             UserError: If there is nowhere to write.
         """
         folder, lock = _make_folder(settings.root)
-        identity = {
+        identity: Identity = {
             "team": settings.team,
             "cost_center": settings.cost_center,
             "purpose": settings.purpose,
@@ -71,7 +80,7 @@ class MeteredRun:
             "commit": _commit(),
             "parent": nested_in().get("nested_in"),
         }
-        start: dict[str, Any] = {
+        start: MeteredStart = {
             "run_id": folder.name,
             "started_ns": started_ns,
             "attempt": 1,
@@ -80,10 +89,13 @@ class MeteredRun:
             "question": QUESTION,
             "experiment": RECIPE,
             "tracking_uri": declared_uri(None),
-            "params": settings.params(),
-            "tags": {name: identity[name] for name in OWNER if identity[name]} | nested_in(),
+            "params": MeteredParams(**settings.params()),
+            "tags": {
+                **{name: value for name in OWNER if (value := identity.get(name))},
+                **nested_in(),
+            },
             "datasets": [],
-            "environment": {"mlflow.source.git.commit": identity["commit"]},
+            "environment": {"mlflow.source.git.commit": identity.get("commit")},
             "identity": identity,
             "cost": plain(settings.cost),
             "name": settings.name,
@@ -186,12 +198,12 @@ class MeteredRun:
         return result
 
     def _result(self, facts: Facts, row: Row, run: RunTotals, notes: list[str]) -> Result:
-        environment = {
+        environment: Environment = {
             "command": self.start["params"]["command"],
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cores": os.cpu_count(),
-            "commit": self.start["identity"]["commit"],
+            "commit": self.start["identity"].get("commit"),
             "notes": notes,
         }
         result: Result = {
@@ -213,7 +225,7 @@ class MeteredRun:
         return {**result, "conclusion": conclude(result)}
 
 
-def _totals(booked: Booking, facts: Facts, start: dict[str, Any]) -> RunTotals:
+def _totals(booked: Booking, facts: Facts, start: Metered) -> RunTotals:
     """Return the run's device-hours: the command's, and as overhead the meter's own before and
     after it.
     """

@@ -18,6 +18,7 @@ from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import FIGURES, Usage, unread
 from pipeline.ledger.others import Load, Others
 from pipeline.ledger.peaks import device_name
+from pipeline.ledger.shapes import DevicesUsed, ReportedDevices
 from pipeline.ledger.values import derive, null
 from pipeline.runs.metering.presence import Presence, visible
 
@@ -47,7 +48,7 @@ class Used:
     name: str
     ids: tuple[str, ...]
     usage: Usage | None = None
-    placement: Mapping[str, Any] = field(default_factory=dict)
+    placement: ReportedDevices = field(default_factory=ReportedDevices)
     load: Load | None = None
     notes: tuple[str, ...] = ()
 
@@ -61,12 +62,12 @@ class Used:
         why = "a CPU run uses no GPU" if self.kind == "cpu" else "the process that read it is gone"
         return unread(why) if self.usage is None else self.usage
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> DevicesUsed:
         """Return what `from_json` reads back; usage belongs to a whole run and is left out."""
         return {"kind": self.kind, "name": self.name, "ids": list(self.ids)}
 
     @staticmethod
-    def from_json(raw: Mapping[str, Any]) -> Used:
+    def from_json(raw: DevicesUsed) -> Used:
         """Read back what `to_json` wrote."""
         return Used(kind=raw["kind"], name=raw["name"], ids=tuple(raw["ids"]))
 
@@ -96,7 +97,7 @@ def as_reported(opened: Mapping[str, str | None], why: str) -> Used:
         name=names[0],
         ids=tuple(opened),
         usage=unread(why),
-        placement={"device_names": names},
+        placement={"device_names": [*names]},
     )
 
 
@@ -237,10 +238,17 @@ def _together(name: str) -> Callable[..., float]:
     return EXTREMES.get(name, lambda *values: sum(values) / len(values))
 
 
-def _joined(placements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _joined(placements: Sequence[ReportedDevices]) -> ReportedDevices:
     """Return what the devices' library reported, device by device where it tells of each."""
-    joined = dict(placements[0])
-    for name, value in joined.items():
-        if isinstance(value, list):
-            joined[name] = [each for placement in placements for each in placement[name]]
+    joined: ReportedDevices = {**placements[0]}
+    if "uuids" in joined:
+        joined["uuids"] = [uuid for each in placements for uuid in each.get("uuids", [])]
+    if "device_names" in joined:
+        joined["device_names"] = [
+            name for each in placements for name in each.get("device_names", [])
+        ]
+    if joined.get("power_limit_w") is not None:
+        joined["power_limit_w"] = [
+            limit for each in placements for limit in each.get("power_limit_w") or []
+        ]
     return joined

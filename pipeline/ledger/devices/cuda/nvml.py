@@ -25,6 +25,7 @@ from typing import Any
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.cuda.gpm import ACTIVITY, Gpm
 from pipeline.ledger.devices.reader import Absent, Reader, Reading
+from pipeline.ledger.shapes import ReportedDevices
 
 COUNTERS = (
     "energy_mj",
@@ -175,7 +176,7 @@ class NvmlReader:
             lambda: (nvml.nvmlDeviceGetPowerUsage(handle) / 1000, True),
         )
 
-    def placement(self) -> dict[str, Any]:
+    def placement(self) -> ReportedDevices:
         """Return what the driver tells of the devices; None for what it does not."""
         nvml, first = self._nvml, self._devices[0].handle
         limits = [
