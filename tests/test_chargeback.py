@@ -24,7 +24,7 @@ from make_result import make_row, make_run, make_unfinished, null, value
 from mlflow import MlflowClient
 
 from pipeline.cli.commands.chargeback import main
-from pipeline.ledger.charge_sources import journal_facts, stored_runs_facts
+from pipeline.ledger.charge_sources import journal_facts, stage_device, stored_runs_facts
 from pipeline.ledger.charges import Charge, RunFacts, charges
 from pipeline.ledger.converged import of_this_run, per_converged_model
 from pipeline.ledger.journal import Journal, read_events
@@ -997,3 +997,14 @@ def test_money_of_two_currencies_makes_no_cost_of_a_model() -> None:
         per_converged_model([], 0.7).device_hours.why_missing
         == "not reached yet: no artifact was assessed"
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [([None, "NVIDIA H200"], "NVIDIA H200"), ([None], None)]
+)
+def test_a_device_that_does_not_tell_its_name_breaks_no_charge(
+    names: list[str | None], said: str | None
+) -> None:
+    row: Any = make_row("student")
+    row["ledger"]["placement"] = {"device_names": names}
+    assert stage_device(row) == said

@@ -28,6 +28,7 @@ from markdown_it import MarkdownIt
 
 from pipeline.compare.verdict import Outcome
 from pipeline.errors import BudgetSpent, Preempted, exit_of
+from pipeline.gate import judge
 from pipeline.ledger.schema import VERDICT_SCHEMA
 from pipeline.ledger.values import null
 from pipeline.report.conclusion import conclude
@@ -552,3 +553,13 @@ def test_github_is_told_of_a_gate_that_is_refused(
     assert line.startswith("::error title=Release check::no verdict: refused: ")
     assert said in line
     assert re.search(rf"exit_code<<(\S+)\n{code}\n\1\n", (tmp_path / "outputs").read_text())
+
+
+@pytest.mark.parametrize("device", [{}, {"name": "NVIDIA H200"}, {"count": 1}])
+def test_a_charge_that_says_too_little_of_its_device_finds_no_spread(
+    device: dict[str, Any],
+) -> None:
+    gate: Any = SimpleNamespace(candidate=SimpleNamespace(charge={"device": device}))
+    tracking = SimpleNamespace(mlflow=True)
+    measured: Any = SimpleNamespace(run=SimpleNamespace(tracking=tracking))
+    assert judge._spread(measured, gate) is None

@@ -312,9 +312,9 @@ def test_what_the_model_took_until_it_converged_stands_below_the_arms() -> None:
 
 def test_the_command_is_shown_as_it_was() -> None:
     command = "python -m pipeline recipe=distill 'model.path=a|b' ```"
-    tokens = _parse(markdown(make_result(environment={"command": command})))
+    tokens = _parse(markdown(make_result(environment={"command": command, "notes": []})))
     assert [token.content for token in tokens if token.type == "code_block"] == [f"{command}\n"]
-    assert "How to reproduce" not in markdown(make_result(environment={}))
+    assert "How to reproduce" not in markdown(make_result(environment={"notes": []}))
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -69,7 +69,11 @@ def differences(record: Any, schema: dict[str, Any], where: str) -> Iterator[str
         return
     hints = get_type_hints(record, include_extras=True)
     known = {*schema.get("properties", {}), *schema.get("required", ())}
-    needed = {name for name, hint in hints.items() if get_origin(hint) is not NotRequired}
+    needed = {
+        name
+        for name, hint in hints.items()
+        if get_origin(hint) is not NotRequired and name in record.__required_keys__
+    }
     yield from (f"{where}.{name}: in one alone" for name in hints.keys() ^ known)
     yield from (
         f"{where}.{name}: optional in one alone"
@@ -132,6 +136,10 @@ class Part(TypedDict):
     b: NotRequired[str | None]
 
 
+class Loose(TypedDict, total=False):
+    a: int
+
+
 class Whole(TypedDict):
     parts: list[Part]
     by_name: NotRequired[dict[str, Part] | None]
@@ -158,3 +166,10 @@ def test_differences_are_found_at_any_depth(part: dict[str, Any], found: set[str
     assert set(differences(Whole, of_parts(part), "x")) == {
         p + each for p in places for each in found
     }
+
+
+def test_what_may_all_be_left_out_is_required_nowhere() -> None:
+    schema = {"type": "object", "properties": {"a": {}}}
+    assert list(differences(Loose, schema, "x")) == []
+    found = list(differences(Loose, {**schema, "required": ["a"]}, "x"))
+    assert found == ["x.a: optional in one alone"]

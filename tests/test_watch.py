@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fake_nvml import NO_DRIVER, NOT_SUPPORTED, FakeNvml, Gpu, NVMLError
@@ -15,8 +15,12 @@ from pipeline.config.settings.cost import CostConfig
 from pipeline.errors import UserError
 from pipeline.ledger.gpu_usage import FIGURES, Usage, unread
 from pipeline.ledger.ranks import Life
+from pipeline.ledger.records import METERED, why_damaged
+from pipeline.ledger.shapes import Metered, ReportedDevices
 from pipeline.ledger.values import measured, null
 from pipeline.report.metered import _form
+from pipeline.runs.metering import row as row_of
+from pipeline.runs.metering import watch as watch_of
 from pipeline.runs.metering.presence import CONTEXT_BYTES, Presence, visible
 from pipeline.runs.metering.row import Facts, make_row
 from pipeline.runs.metering.watch import Used, Watch, as_reported, cpu_host, over_devices
@@ -286,6 +290,27 @@ def test_a_grant_that_a_command_never_touched_is_seen() -> None:
     assert ledger["gpu_hours"]["allocated"]["value"] == 8.0
     assert ledger["gpu_hours"]["attached"]["value"] is None
     assert ledger["placement"]["uuids"] == []
+
+
+def test_a_first_line_may_know_no_grant_but_no_half_of_one() -> None:
+    start: dict[str, Any] = {
+        "run_id": "r",
+        "started_ns": 0,
+        "name": "sft",
+        "node": "n1",
+        "identity": {},
+        "params": {"command": "true"},
+        "cost": {},
+    }
+    assert why_damaged(start, METERED) is None
+    assert row_of._granted(cast("Metered", start)) is None
+    assert why_damaged({**start, "grant": SLURM}, METERED) is None
+    assert why_damaged({**start, "grant": {"scheduler": "slurm"}}, METERED) is not None
+
+
+def test_a_device_that_reports_nothing_breaks_no_placement() -> None:
+    told: ReportedDevices = {"uuids": ["GPU-a"], "device_names": ["A"], "power_limit_w": [700.0]}
+    assert watch_of._joined([told, {}]) == told
 
 
 # -- a GPU that is lost, a driver that answers what nobody foresaw --------------------------------

@@ -72,7 +72,7 @@ class Output:
             curve=raw["curve"],
             seconds_in_steps=raw["seconds_in_steps"],
             existing=raw["existing"],
-            gpu_timeline=raw["gpu_timeline"],
+            gpu_timeline=raw.get("gpu_timeline", {}),
             about=raw["about"],
         )
 
