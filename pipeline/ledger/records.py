@@ -54,7 +54,7 @@ _ARTIFACT: Schema = next(
 )
 
 
-def _fields(optional: Mapping[str, Any] | None = None, **required: Any) -> dict[str, Any]:
+def _fields(optional: Schema | None = None, **required: Schema) -> dict[str, Any]:
     """Return the schema of an object: its required members and others that may be there, each of a
     kind.
     """
@@ -65,7 +65,7 @@ def _fields(optional: Mapping[str, Any] | None = None, **required: Any) -> dict[
     }
 
 
-def _list_of(kind: Schema, *, least: int = 0, most: int | None = None) -> dict[str, Any]:
+def _list_of(kind: Schema, *, least: int = 0, most: int | None = None) -> Schema:
     limit = {} if most is None else {"maxItems": most}
     return {"type": "array", "items": kind, "minItems": least, **limit}
 
@@ -256,7 +256,7 @@ LIFE = Spec(
     ),
 )
 """What a rank of a metered command left."""
-_MADE_BY: dict[str, Any] = {
+_MADE_BY: dict[str, Schema] = {
     "arm": _TEXT,
     "status": _TEXT,
     "artifact": {"oneOf": [{"type": "null"}, _ARTIFACT]},

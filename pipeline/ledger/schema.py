@@ -10,11 +10,12 @@ from pipeline.ledger.disturbance import ADDED, COMPARED
 from pipeline.ledger.gpu_timeline import FIGURES as TRACED
 from pipeline.ledger.gpu_usage import ADDED as ADDED_USAGE
 from pipeline.ledger.gpu_usage import FIGURES
+from pipeline.ledger.json_schema import Schema
 from pipeline.ledger.memory import MEMORY
 from pipeline.ledger.metrics import PHASES, QUALITY_KEYS, TASK_KEY
 
 _PROV = ["measured", "derived", "estimated", "declared", "unavailable"]
-VALUE: dict[str, Any] = {
+VALUE: Schema = {
     "type": "object",
     "required": ["value", "provenance", "why_missing"],
     "properties": {
@@ -42,7 +43,7 @@ VALUE: dict[str, Any] = {
 _INTERVAL = {"type": ["array", "null"], "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
 
 
-def _values(*names: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+def _values(*names: str, extra: Schema | None = None) -> dict[str, Any]:
     """Return an object whose named members are all values, each required."""
     return {
         "type": "object",
@@ -52,7 +53,7 @@ def _values(*names: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     }
 
 
-def _interval_value(**more: Any) -> dict[str, Any]:
+def _interval_value(**more: Schema) -> Schema:
     return {
         "allOf": [
             {"$ref": "#/$defs/value"},
@@ -94,7 +95,7 @@ _CONDITIONS = _values(
 _CONDITIONS["properties"] |= {
     name: {"$ref": "#/$defs/value"} for name in (*ADDED, *ADDED_USAGE)
 }  # a row of an older release has none
-_LEDGER: dict[str, Any] = {
+_LEDGER: Schema = {
     "type": "object",
     "required": [
         "wall_s",
@@ -161,7 +162,7 @@ _LEDGER: dict[str, Any] = {
     },
 }
 
-_ROW: dict[str, Any] = {
+_ROW: Schema = {
     "type": "object",
     "required": [
         "arm",
@@ -277,12 +278,12 @@ _ROW: dict[str, Any] = {
     },
 }
 
-_WARM_UP: dict[str, Any] = {
+_WARM_UP: Schema = {
     "type": "object",
     "additionalProperties": False,
     "properties": {"rounds": {"type": "integer", "minimum": 1}, "steady": {"type": "boolean"}},
 }  # empty where an older release said nothing of it
-_COMPARISON: dict[str, Any] = {
+_COMPARISON: Schema = {
     "type": "object",
     "required": ["arm", "base", "on", "speedup", "quality", "training", "serving", "payback"],
     "additionalProperties": False,
@@ -389,10 +390,10 @@ _COMPARISON: dict[str, Any] = {
     },
 }
 
-_TEXT: dict[str, Any] = {"type": ["string", "null"]}
+_TEXT: Schema = {"type": ["string", "null"]}
 _LIBRARIES = ("torch", "transformers", "accelerate", "hydra-core", "safetensors", "numpy")
 _DIGEST = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
-_CRITERION: dict[str, Any] = {
+_CRITERION: Schema = {
     "type": "object",
     "required": [
         "name",
@@ -428,7 +429,7 @@ _CRITERION: dict[str, Any] = {
         "smallest_visible_damage": {"type": ["number", "null"]},
     },
 }
-_SIDE: dict[str, Any] = {
+_SIDE: Schema = {
     "type": "object",
     "required": ["reference", "digest", "path", "bytes", "model", "version", "url", "charge"],
     "additionalProperties": False,
@@ -443,11 +444,11 @@ _SIDE: dict[str, Any] = {
         "charge": {"type": ["object", "null"]},
     },
 }
-_NUMBER: dict[str, Any] = {"type": ["number", "null"]}
-_COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
+_NUMBER: Schema = {"type": ["number", "null"]}
+_COUNT: Schema = {"type": "integer", "minimum": 0}
 
 
-def _record(**members: Any) -> dict[str, Any]:
+def _record(**members: Schema) -> Schema:
     """Return an object whose members are all required."""
     return {
         "type": "object",
@@ -457,7 +458,7 @@ def _record(**members: Any) -> dict[str, Any]:
     }
 
 
-_READING_OR_NULL: dict[str, Any] = {
+_READING_OR_NULL: Schema = {
     "oneOf": [
         {"type": "null"},
         _record(
@@ -516,7 +517,7 @@ _HISTORY = _record(
 )
 # exit codes of a run that did not come to its end, whatever its verdict
 _BROKEN_OFF = [1, 7, 75, 130]
-_JUDGED: dict[str, Any] = {
+_JUDGED: Schema = {
     "schema": {"const": 2},
     "line": {"type": "string"},
     "verdict": {"enum": ["PASS", "FAIL", "INCONCLUSIVE", "INVALID", "NO_BASELINE"]},
@@ -568,13 +569,13 @@ _JUDGED: dict[str, Any] = {
         "properties": {"exit_code": {"enum": [0, 3, 4, 5, 6, *_BROKEN_OFF]}, "why": _TEXT},
     },
 }
-_SHOWN: dict[str, Any] = {
+_SHOWN: Schema = {
     "type": "object",
     "required": [name for name in _JUDGED if name not in ("recorded", "dtype")],
     "additionalProperties": False,
     "properties": _JUDGED,
 }
-_CRASHED: dict[str, Any] = {
+_CRASHED: Schema = {
     "type": "object",
     "required": ["schema", "line", "verdict", "exit_code", "why", "criteria", "run_id"],
     "additionalProperties": False,
@@ -588,7 +589,7 @@ _CRASHED: dict[str, Any] = {
         "run_id": {"type": "string"},
     },
 }
-VERDICT_SCHEMA: dict[str, Any] = {
+VERDICT_SCHEMA: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "verdict.json",
     "oneOf": [
@@ -603,7 +604,7 @@ VERDICT_SCHEMA: dict[str, Any] = {
 }
 """What a release gate leaves: its verdict, or that it came to none."""
 
-RESULT_SCHEMA: dict[str, Any] = {
+RESULT_SCHEMA: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "result.json",
     "type": "object",

@@ -951,6 +951,32 @@ class Progress(TypedDict):
     history: NotRequired[list[HistoryEntry]]
 
 
+class ProgressRecord(TypedDict):
+    """How far a training came; see `training.loop.Progress`."""
+
+    step: int
+    examples: int
+    tokens: int
+    target_tokens: int
+    flops: float
+    own_flops: float
+    step_ns: int
+    eval_ns: int
+    hard: float
+    taught: float
+    smooth: dict[str, float]
+    best: dict[str, float]
+    curve: list[dict[str, float]]
+
+
+class TrainingState(TypedDict):
+    """All of extra.json; `scaler` is what torch's own gives."""
+
+    progress: ProgressRecord
+    scaler: dict[str, Any]
+    history: list[HistoryEntry]
+
+
 class CheckpointManifest(TypedDict):
     """manifest.json of a checkpoint."""
 
@@ -1256,7 +1282,7 @@ class SelftestLine(Line):
     """A self-test came to its end."""
 
     e: Literal["selftest"]
-    tags: dict[str, Any]
+    tags: dict[str, str | int | None]
     values: Figures
 
 

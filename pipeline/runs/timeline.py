@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.errors import BudgetSpent, Preempted
 from pipeline.ledger import others
@@ -87,8 +87,15 @@ class Timeline:
         session = self.session
         start_ns, before = session.clock.mark()
         opened = OpenWindow(start_ns, before)
-        of_arm: dict[str, Any] = {"arm": arm, "seed": seed, "attempt": session.number}
-        session.journal.write("open", kind=kind, **of_arm, start_ns=start_ns, clock_ns=before)
+        session.journal.write(
+            "open",
+            kind=kind,
+            arm=arm,
+            seed=seed,
+            attempt=session.number,
+            start_ns=start_ns,
+            clock_ns=before,
+        )
         kept, saved_ns = True, 0
         # Inside the window on both edges, so that reading the device is charged to what it is read
         # for.
@@ -110,7 +117,9 @@ class Timeline:
             opened.elapsed_ns, opened.phases_ns = end_ns - start_ns, difference(after, before)
             closed = Window(
                 kind=kind,
-                **of_arm,
+                arm=arm,
+                seed=seed,
+                attempt=session.number,
                 start_ns=start_ns,
                 end_ns=end_ns,
                 kept_ns=opened.elapsed_ns if kept else saved_ns,

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.ledger.devices.table import device_of
+from pipeline.ledger.shapes import TrainingState
 from pipeline.store.artifacts import check_room, read_json, sync_path, write_json
 from pipeline.training.optimizer import load_state, state_tensors
 
@@ -136,7 +137,7 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Restore weights, optimizer and random generators; return what was saved as `extra`."""
     # Before the weights: making the optimizer's state takes a step, and that decays the weights.
     load_state(optimizer, load_file(path / "optimizer.safetensors"))
@@ -152,7 +153,7 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, 
     if "device" in generators and device is not None:
         device_of(device).set_generator_state(generators["device"])
     extra = read_json(path / "extra.json")
-    assert isinstance(extra, dict), "the manifest vouched for it"
+    assert extra is not None, "the manifest vouched for it"
     return extra
 
 

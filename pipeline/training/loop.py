@@ -26,7 +26,7 @@ from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.shapes import HistoryEntry
+from pipeline.ledger.shapes import HistoryEntry, TrainingState
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import kept_of
@@ -181,7 +181,7 @@ class _Loop:
 
         # Called by `checkpoint.save` after the tensors are on disk, so that the history covers the
         # time that writing them took.
-        def extra() -> dict[str, Any]:
+        def extra() -> TrainingState:
             return {
                 "progress": plain(self.progress),
                 "scaler": self.scaler.state_dict(),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.compare.figures import value_of
 from pipeline.data.padding import Padding, pad, read_by
@@ -298,7 +299,7 @@ def _scored_ends(document: Scorable) -> np.ndarray:
     )
 
 
-TOKEN_COLUMNS: dict[str, Any] = {
+TOKEN_COLUMNS: dict[str, npt.DTypeLike] = {
     "nats": float,
     "top": np.int32,
     "hits": bool,
