@@ -6,14 +6,13 @@ check, to the file's text; None where such a run leaves no such file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
+from pipeline.ledger.shapes import NoVerdict, Result, VerdictFile
 from pipeline.report.junit import junit_report
 from pipeline.report.markdown import markdown_report
-from pipeline.report.view import Result
 
-Writer = Callable[[Result, Mapping[str, Any] | None], str | None]
+Writer = Callable[[Result, VerdictFile | NoVerdict | None], str | None]
 
 WRITERS: dict[str, Writer] = {
     "junit.xml": junit_report,  # of a release check
@@ -21,7 +20,7 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def files_of(result: Result, verdict: Mapping[str, Any] | None) -> dict[str, str]:
+def files_of(result: Result, verdict: VerdictFile | NoVerdict | None) -> dict[str, str]:
     """Return the text of every file that this run leaves, by name."""
     written = {name: write(result, verdict) for name, write in WRITERS.items()}
     return {name: text for name, text in written.items() if text is not None}

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.redaction import redact
 from pipeline.errors import UserError, exit_of
+from pipeline.ledger.shapes import NoVerdict, VerdictFile
 from pipeline.report.text import markdown_text
 from pipeline.report.verdict import end_code, shown_line, trouble
 
@@ -23,7 +23,7 @@ LEVELS = {0: "notice", 4: "warning", 6: "warning"}  # by exit code; all others a
 
 
 def tell_github(
-    verdict: Mapping[str, Any],
+    verdict: VerdictFile | NoVerdict,
     report: str,
     files: Mapping[str, str],
     environ: Mapping[str, str] = os.environ,
@@ -45,10 +45,12 @@ def tell_github(
 
 def tell_refusal(why: str, exit_code: int, environ: Mapping[str, str] = os.environ) -> None:
     """Say that a gate was refused before it had a folder to write to."""
-    verdict = {
+    verdict: NoVerdict = {
+        "schema": 2,
         "line": f"no verdict: {why}",
         "verdict": None,
         "exit_code": int(exit_code),
+        "why": why,
         "criteria": [],
         "run_id": "",
     }
@@ -80,12 +82,12 @@ def summary(report: str) -> str:
     )
 
 
-def outputs(verdict: Mapping[str, Any], files: Mapping[str, str]) -> str:
+def outputs(verdict: VerdictFile | NoVerdict, files: Mapping[str, str]) -> str:
     """Return the step's outputs, each value between delimiters that nobody can guess, so that none
     ends early.
     """
     by_name = {each["name"]: each for each in verdict["criteria"]}
-    saving = by_name.get("serving", {}).get("value", {}).get("value")
+    saving = by_name["serving"]["value"]["value"] if "serving" in by_name else None
     values: dict[str, object] = {
         "verdict": verdict["verdict"] or "",
         "exit_code": end_code(verdict),
@@ -103,7 +105,7 @@ def outputs(verdict: Mapping[str, Any], files: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def annotation(verdict: Mapping[str, Any]) -> str:
+def annotation(verdict: VerdictFile | NoVerdict) -> str:
     """Return the one line that GitHub shows beside the commit."""
     text = "  ".join(part for part in (trouble(verdict), shown_line(verdict)) if part)
     text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

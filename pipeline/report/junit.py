@@ -10,23 +10,21 @@ serving is that of all its readings; what is not timed by itself has 0.
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
-from typing import Any
 
 from pipeline.errors import one_line
-from pipeline.ledger.shapes import CriterionRecord
+from pipeline.ledger.shapes import CriterionRecord, NoVerdict, Result, VerdictFile
 from pipeline.report.verdict import criterion_words, end_code, shown_line, trouble
 
 SUITE = "release_check"
 _KINDS = {"FAIL": "failure", "INCONCLUSIVE": "failure", "INVALID": "error"}
 
 
-def junit_report(_: Mapping[str, Any], verdict: Mapping[str, Any] | None) -> str | None:
+def junit_report(_: Result, verdict: VerdictFile | NoVerdict | None) -> str | None:
     """Return a release check's verdict as JUnit XML; other runs judge nothing."""
     return None if verdict is None else junit(verdict)
 
 
-def junit(verdict: Mapping[str, Any]) -> str:
+def junit(verdict: VerdictFile | NoVerdict) -> str:
     """Return the file's content."""
     cases = [_case(each, verdict) for each in verdict["criteria"]] or [_whole(verdict)]
     problem = trouble(verdict)
@@ -65,13 +63,13 @@ def junit(verdict: Mapping[str, Any]) -> str:
     return ET.tostring(whole, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _of(verdict: Mapping[str, Any]) -> str:
+def _of(verdict: VerdictFile | NoVerdict) -> str:
     candidate = verdict.get("candidate") or {}
     model = (verdict.get("baseline") or {}).get("model") or candidate.get("model")
     return one_line(model or str(candidate.get("digest", "unknown"))[:12], 80)
 
 
-def _case(criterion: CriterionRecord, verdict: Mapping[str, Any]) -> ET.Element:
+def _case(criterion: CriterionRecord, verdict: VerdictFile | NoVerdict) -> ET.Element:
     case = _testcase(
         criterion["name"], verdict, _seconds(verdict) if criterion["name"] == "serving" else "0"
     )
@@ -84,27 +82,27 @@ def _case(criterion: CriterionRecord, verdict: Mapping[str, Any]) -> ET.Element:
     return case
 
 
-def _testcase(name: object, verdict: Mapping[str, Any], time: str = "0") -> ET.Element:
+def _testcase(name: object, verdict: VerdictFile | NoVerdict, time: str = "0") -> ET.Element:
     return ET.Element(
         "testcase",
         {"classname": f"{SUITE}.{_of(verdict)}", "name": one_line(name, 120), "time": time},
     )
 
 
-def _seconds(verdict: Mapping[str, Any]) -> str:
+def _seconds(verdict: VerdictFile | NoVerdict) -> str:
     """Return the seconds of all serving readings, of both sides and looks."""
     readings = verdict.get("readings") or {}
     pairs = [pair for side in ("candidate_s", "baseline_s") for pair in readings.get(side, [])]
     return f"{sum(map(sum, pairs)):.3f}"
 
 
-def _error(name: str, text: str, verdict: Mapping[str, Any]) -> ET.Element:
+def _error(name: str, text: str, verdict: VerdictFile | NoVerdict) -> ET.Element:
     case = _testcase(name, verdict)
     ET.SubElement(case, "error", {"type": "crash", "message": text}).text = text
     return case
 
 
-def _whole(verdict: Mapping[str, Any]) -> ET.Element:
+def _whole(verdict: VerdictFile | NoVerdict) -> ET.Element:
     """Return the one case of a gate that compared nothing."""
     if verdict["verdict"] is None:
         return _error("verdict", shown_line(verdict), verdict)

@@ -5,7 +5,7 @@ reads.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pipeline.compare import statistics
@@ -15,7 +15,7 @@ from pipeline.evaluation.serving.engine import LOAD as ENGINE_LOAD
 from pipeline.ledger.attempted import UNMEASURED
 from pipeline.ledger.metrics import BY_KEY, RELATIVE, TASK, TRACED_SHARES, catalogue_key
 from pipeline.ledger.numbers import count, duration, num_bytes, percent, points, significant
-from pipeline.ledger.shapes import Pair, Result, Row, Speedup
+from pipeline.ledger.shapes import NoVerdict, Pair, Result, Row, Speedup, VerdictFile
 from pipeline.report import waste
 from pipeline.report.conclusion import conclude
 from pipeline.report.disturbance import KEYS as DISTURBANCE_KEYS
@@ -78,7 +78,7 @@ _CUT = "\n*(cut here; the whole report is `report.md` among the run's artifacts)
 _NOT_IN_ENVIRONMENT_TABLE = frozenset({"command", "notes"})
 
 
-def markdown_report(result: Result, verdict: Mapping[str, Any] | None) -> str:
+def markdown_report(result: Result, verdict: VerdictFile | NoVerdict | None) -> str:
     """Return the report of a run; a release check that came to no verdict opens with why."""
     opening = "" if verdict is None or result["verdict"] else f"{markdown_line(verdict)}\n\n"
     return opening + markdown(result)

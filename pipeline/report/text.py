@@ -7,10 +7,10 @@ from __future__ import annotations
 import re
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from pipeline.errors import one_line
+from pipeline.ledger.shapes import Conclusion
 
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~$]|(?<![^\W_])_|_(?![^\W_])")
 """Underscores inside a word are no emphasis (GitHub flavoured Markdown, section 6.2):
@@ -36,14 +36,14 @@ def bullet(text: object) -> str:
     return "- " + _BLOCK.sub(lambda match: match.group() + "\\", literal)
 
 
-def conclusion_lines(conclusion: Mapping[str, Any], width: int) -> list[str]:
+def conclusion_lines(conclusion: Conclusion, width: int) -> list[str]:
     """Return a conclusion for a terminal: the verdict, then a bullet for each answer."""
     verdict = wrap(one_line(conclusion["verdict"], LONGEST), width)
     answers = (f"- {one_line(text, LONGEST)}" for text in conclusion["answers"])
     return verdict + [line for text in answers for line in wrap(text, width, "  ")]
 
 
-def conclusion_markdown(conclusion: Mapping[str, Any]) -> str:
+def conclusion_markdown(conclusion: Conclusion) -> str:
     """Return a conclusion for a report: a paragraph, then a list of the answers."""
     verdict = f"**Conclusion.** {markdown_text(conclusion['verdict'], LONGEST)}"
     return "\n".join([verdict, "", *map(bullet, conclusion["answers"])]).rstrip()

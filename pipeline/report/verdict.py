@@ -7,18 +7,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import DIRECTION, RELATIVE, TASK
 from pipeline.ledger.numbers import count, duration
-from pipeline.ledger.shapes import Conclusion, CriterionRecord, SideRecord
+from pipeline.ledger.shapes import (
+    Conclusion,
+    CriterionRecord,
+    Judgement,
+    NoVerdict,
+    ShownVerdict,
+    SideRecord,
+)
 from pipeline.report.history import look_words, recent
 from pipeline.report.text import bullet, markdown_text
 
-Verdict = Mapping[str, Any]
-"""As a gate has it, or as verdict.json or result.json does: what is read of it stands in all three.
-"""
+Ended: TypeAlias = ShownVerdict | NoVerdict
+"""What verdict.json holds of a gate, or result.json: a verdict, or that it came to none."""
 GAP = "  "
 MOST_DECIMALS = 12
 DECIDED = "That is decided: the same command again gives this verdict, and measures nothing."
@@ -36,7 +42,7 @@ _TWO_NUMBERS = re.compile(r"\\\[([-+]?[0-9.]+, [-+]?[0-9.]+)\\\](?= vs |$)")
 SAVINGS = ("training", "serving", "memory", "energy")
 
 
-def verdict_line(verdict: Verdict) -> str:
+def verdict_line(verdict: Judgement) -> str:
     """Return the verdict in one line: what serving costs, what quality lost against its margin,
     when it pays back.
 
@@ -66,14 +72,14 @@ def verdict_line(verdict: Verdict) -> str:
     return GAP.join(parts)
 
 
-def shown_line(verdict: Verdict) -> str:
+def shown_line(verdict: Ended) -> str:
     """Return the line that a verdict carries, on one line whatever is in it, with the gaps between
     its parts.
     """
     return GAP.join(one_line(part) for part in str(verdict["line"]).split(GAP))
 
 
-def markdown_line(verdict: Verdict) -> str:
+def markdown_line(verdict: Ended) -> str:
     """Return the line as a report begins with it: Markdown, and as it is read where nothing in it
     is Markdown's.
 
@@ -84,7 +90,7 @@ def markdown_line(verdict: Verdict) -> str:
     return GAP.join(_TWO_NUMBERS.sub(r"[\1]", part) for part in parts)
 
 
-def trouble(verdict: Verdict) -> str | None:
+def trouble(verdict: Ended) -> str | None:
     """Return what came in between where a run did not end as its verdict says: a champion not
     moved, a crash.
     """
@@ -97,12 +103,13 @@ def trouble(verdict: Verdict) -> str | None:
     )
 
 
-def end_code(verdict: Verdict) -> int:
+def end_code(verdict: Ended) -> int:
     """Return the exit code of the run; the verdict's own unless something came in between."""
-    return (verdict.get("end") or verdict)["exit_code"]
+    end = verdict.get("end")
+    return verdict["exit_code"] if end is None else end["exit_code"]
 
 
-def _serving(criterion: CriterionRecord, verdict: Verdict) -> str:
+def _serving(criterion: CriterionRecord, verdict: Judgement) -> str:
     device = "GPU-s" if verdict["device"]["kind"] != "cpu" else "device-s"
     what = f"{device}/1k {verdict['unit']}s"
     saving = criterion["value"]["value"]
@@ -176,7 +183,7 @@ def _ends(ci: list[float] | None, decimals: int, *, turned: bool = False) -> str
     return f" [{_signed(low, decimals)}, {_signed(high, decimals)}]"
 
 
-def _payback(criterion: CriterionRecord, verdict: Verdict) -> str:
+def _payback(criterion: CriterionRecord, verdict: Judgement) -> str:
     units = criterion["value"]["value"]
     if units is None:
         never = str(criterion["value"]["why_missing"]).startswith("never")
@@ -189,7 +196,7 @@ def _payback(criterion: CriterionRecord, verdict: Verdict) -> str:
 # -- the conclusion, and the section of the report ------------------------------------------------
 
 
-def release_conclusion(verdict: Verdict) -> Conclusion:
+def release_conclusion(verdict: ShownVerdict) -> Conclusion:
     """Return what a release check says: its answer, then a sentence per criterion that was asked
     for, and what to do next.
     """
@@ -263,11 +270,11 @@ def unseen_words(criterion: Mapping[str, Any]) -> str | None:
     return f"damage in fewer than 1 of {math.floor(1 / share)} {what} would not be seen"
 
 
-def _next(verdict: Verdict) -> list[str]:
+def _next(verdict: ShownVerdict) -> list[str]:
     """Return what became of the champion, and what the next invocation would do."""
-    if verdict.get("recorded"):
+    if recorded := verdict.get("recorded"):
         again = (
-            f"This is the verdict of run {one_line(verdict['recorded'])}, given again: nothing was"
+            f"This is the verdict of run {one_line(recorded)}, given again: nothing was"
             " measured anew."
         )
         return [again, *_promoted(verdict)]
@@ -322,18 +329,15 @@ def _assumed(criteria: Sequence[CriterionRecord]) -> list[str]:
     return ["", INDEPENDENT] if read and all(each.get("groups") is None for each in read) else []
 
 
-def verdict_section(verdict: Verdict) -> list[str]:
+def verdict_section(verdict: ShownVerdict) -> list[str]:
     """Return the part of the report that a reviewer reads: criteria, both sides, what comes next,
     the last releases.
     """
     head = ("criterion", "outcome", "reading", "threshold", "n", "asked for", "note")
     table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     table += [f"| {' | '.join(_cells(each))} |" for each in verdict["criteria"]]
-    sides = [
-        _side(name, verdict[name])
-        for name in ("candidate", "baseline")
-        if verdict[name] is not None
-    ]
+    named = {"candidate": verdict["candidate"], "baseline": verdict["baseline"]}
+    sides = [_side(name, side) for name, side in named.items() if side is not None]
     decided = verdict["verdict"] in ("PASS", "FAIL") and not verdict.get("recorded")
     lines = [
         *([*table, "", SENSE, *_assumed(verdict["criteria"])] if verdict["criteria"] else []),
@@ -393,7 +397,7 @@ def _side(name: str, side: SideRecord) -> str:
     return bullet(f"{name}: {side['reference']}, artifact {side['digest']}{version}{cost}")
 
 
-def _promoted(verdict: Verdict) -> list[str]:
+def _promoted(verdict: ShownVerdict) -> list[str]:
     promotion = verdict.get("promotion")
     if promotion is None:
         return []
