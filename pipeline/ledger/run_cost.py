@@ -11,7 +11,7 @@ from pipeline.config.settings.cost import CostConfig
 from pipeline.ledger.charge_sources import journal_facts
 from pipeline.ledger.charges import Charge, charges
 from pipeline.ledger.cost import NO_RATE
-from pipeline.ledger.shapes import Event, RunMoney, RunTotals
+from pipeline.ledger.shapes import Event, Rate, RunMoney, RunTotals
 from pipeline.ledger.values import Value, estimated, null
 
 HELD = "hours that the scheduler held"
@@ -29,7 +29,7 @@ def run_cost(events: Sequence[Event], totals: RunTotals, cost: CostConfig) -> Ru
     if cost.per_device_hour is None:
         return {"amount": null(NO_RATE).to_json(), "currency": None, "rate": None, "basis": None}
     paid = [charge for charge in charges(journal_facts(events, totals)) if charge.device_h]
-    rate = {
+    rate: Rate = {
         "per_device_hour": cost.per_device_hour,
         "kind": None if cost.kind is None else cost.kind.value,
         "source": cost.source,
