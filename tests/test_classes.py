@@ -312,6 +312,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return model, labelled(root / "data", ("Positive ", "NEGATIVE"), answer)
 
 
+@pytest.mark.slow
 def test_a_model_as_it_is_keeps_its_accuracy_under_other_spellings_and_is_refused_under_other_names(
     tmp_path: Path, told: tuple[Path, Path]
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from few import few
 from here import here
 
 from pipeline.cli.main import main
@@ -338,7 +339,8 @@ builtins.__import__ = stopping
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "status"), [(signal.SIGTERM, 75, "KILLED"), (signal.SIGINT, 130, "KILLED")]
+    ("number", "code", "status"),
+    few([(signal.SIGTERM, 75, "KILLED"), (signal.SIGINT, 130, "KILLED")], 1),
 )
 @pytest.mark.faults
 def test_a_signal_that_an_import_swallows_stops_the_run_before_its_first_stage(

@@ -235,6 +235,7 @@ def dense_kl(student: Path, teacher: Path) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # four whole distillations
 def test_a_cached_and_a_live_teacher_make_equal_students_of_the_embedded_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,8 +244,15 @@ def test_a_cached_and_a_live_teacher_make_equal_students_of_the_embedded_data(
     """
     monkeypatch.chdir(tmp_path)
     found: dict[str, list[float]] = {}
+    settings = [
+        "tracking.mlflow=false",
+        "seeds=[0,1]",
+        "~stages.control_steps",
+        "~stages.control_compute",
+        "compare=[{arm: student, base: teacher, on: [quality]}]",
+    ]
     for recipe in ("distill", "distill_cached"):
-        assert main([f"recipe={recipe}", "tracking.mlflow=false", "seeds=[0,1]"], started_ns=0) == 0
+        assert main([f"recipe={recipe}", *settings], started_ns=0) == 0
         rows = {(row["arm"], row["seed"]): row for row in result_in(tmp_path)["rows"]}
         figures: list[tuple[float, float, float]] = []
         for seed in (0, 1):

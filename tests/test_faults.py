@@ -143,6 +143,7 @@ def test_a_process_killed_before_its_checkpoint_is_journaled_is_gone_on_with(
     assert [hours(row, "retry") for row in result["rows"]] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_two_processes_that_start_the_same_train_it_once(tmp_path: Path) -> None:
     args = ["recipe=baseline", *SMALL, "training.steps=30"]
     both = [start(tmp_path, *args) for _ in range(2)]

@@ -180,6 +180,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
         _ = pipeline.phases  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_forks_and_data_loader_workers_are_no_ranks(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(PROGRAMS / "workers.py")],

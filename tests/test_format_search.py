@@ -206,6 +206,7 @@ def test_a_tolerance_that_the_whole_format_misses_is_met_by_a_mixture(language: 
     assert whole.memory_ratio < found.best.memory_ratio < 1
 
 
+@pytest.mark.slow
 def test_classes_are_searched_alike(tmp_path: Path) -> None:
     found = bench(tmp_path, Task.sequence_classification)
     trial = found.measure(Format.nf4, ())

@@ -396,6 +396,7 @@ class Profiler:
         Path(path).write_text(json.dumps(raw))
 
 
+@pytest.mark.slow
 def test_a_late_batch_shows_in_the_loops_timeline(monkeypatch: pytest.MonkeyPatch) -> None:
     tracer = lambda folder, at, numbers: StepTracer(
         folder, torch.device("cuda"), numbers, make_profiler=Profiler

@@ -384,6 +384,7 @@ def test_a_profiler_that_fails_unforeseen(tmp_path: Path, what: str) -> None:
 # -- lm-eval --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lm_eval_that_fails_after_training_leaves_nulls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

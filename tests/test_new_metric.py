@@ -76,6 +76,7 @@ def test_every_arm_has_the_metric_with_its_interval(result: dict[str, Any]) -> N
         assert low < found["value"] < high
 
 
+@pytest.mark.slow
 def test_arms_are_compared_on_it(result: dict[str, Any]) -> None:
     levels = {row["arm"]: row["quality"]["log_loss"]["value"] for row in result["rows"]}
     compared = [pair for pair in result["comparisons"] if pair["quality"]]

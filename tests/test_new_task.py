@@ -107,6 +107,7 @@ def test_the_task_trains_and_is_assessed_on_its_metric(result: dict[str, Any]) -
     assert "mean squared error" in str(result["conclusion"])
 
 
+@pytest.mark.slow
 def test_the_model_that_it_made_has_one_output(result: dict[str, Any], copy: Copy) -> None:
     (row,) = result["rows"]
     digest = row["artifact"]["digest"]

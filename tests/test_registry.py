@@ -406,6 +406,7 @@ def test_of_two_gates_at_once_exactly_one_promotes(uri: str) -> None:
     race(uri, "ab", "m")
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_a_gate_killed_between_registering_and_promoting_leaves_the_old_champion(
     uri: str, monkeypatch: pytest.MonkeyPatch

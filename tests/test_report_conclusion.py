@@ -749,6 +749,7 @@ def test_a_conclusion_goes_by_roles_whatever_arms_are_called(missing: str | None
     assert conclude(_renamed(result, OTHER_NAMES)) == conclude(result)
 
 
+@pytest.mark.slow
 def test_a_recipe_with_other_names_for_its_arms_has_the_same_conclusion(tmp_path: Path) -> None:
     """The recipe is copied, and run; its result is told again under the names of the original."""
     recipe = (RECIPES / "distill.yaml").read_text()

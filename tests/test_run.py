@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,8 +46,12 @@ DISTILL = [
 
 
 @pytest.fixture(scope="module")
-def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+def distilled(
+    tmp_path_factory: pytest.TempPathFactory, empty_store: Path
+) -> tuple[Path, dict, str]:
     cwd = tmp_path_factory.mktemp("distill")
+    (cwd / "mlruns").mkdir()
+    shutil.copy(empty_store, cwd / "mlruns/mlflow.db")
     done = run(cwd, *DISTILL, "cost.converged_at=100")
     assert done.returncode == 0, done.stderr
     return cwd, result_in(cwd), done.stdout

@@ -23,6 +23,7 @@ def _no_reloads(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_path: Path) -> None:
     """One small matrix of all in int8: reported in full, and the exit code says so, unless it is
     asked to be silent.

@@ -251,6 +251,7 @@ def test_sixteen_bits_are_assessed_and_served_as_they_are_stored(ran: Any) -> No
     assert "fp16 was skipped" in " ".join(printed.split())
 
 
+@pytest.mark.slow
 def test_other_formats_are_read_against_the_best_16_bit_form_with_fp32_beside_it(ran: Any) -> None:
     cwd, result, printed = ran
     pairs = {(pair["arm"], pair["base"]): pair for pair in result["comparisons"]}
@@ -313,6 +314,7 @@ def test_a_format_that_pays_against_fp32_alone_is_no_speedup(
     assert (done.returncode, "no_speedup: int8" in done.stderr) == (3, True)
 
 
+@pytest.mark.slow
 def test_a_cpu_without_units_says_so(tmp_path: Path, units: Any, monkeypatch: Any) -> None:
     units(95.0)
     monkeypatch.setattr(

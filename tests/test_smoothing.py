@@ -207,7 +207,7 @@ def test_what_was_looked_at_is_noted_and_not_what_was_asked_for(tmp_path: Path) 
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "b")))
     stage = QuantizeStage(smoothing=0.5, calibration=str(file))
     ctx: Any = SimpleNamespace(run=run(), data=dataset(), stage="small", clock=PhaseClock())
-    noted = stage._calibrated(ctx)["calibration"]
+    noted = stage._calibrated(ctx)
     assert noted == {
         "smoothing": 0.5,
         "source": str(file),

@@ -8,7 +8,10 @@ import pytest
 from format_matrix import ARCHITECTURES
 from support import ANSWERS, TABLE, answers, data_tables, formats, read_table
 
+from pipeline.quantization.bnb import cpu_repacks
+
 pytest.importorskip("bitsandbytes")
+THIS_CPU = "on this CPU needs inputs in multiples of"
 # each takes seconds; `-m slow` runs all
 BY_DEFAULT = ("Gemma2", "GPT-Neo", "DeepSeek-V3", "ModernBERT")
 
@@ -34,6 +37,11 @@ def test_what_the_table_says_of_an_architecture_is_so(
     name: str, told: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     found = answers(name, tmp_path) | formats(name, tmp_path)
+    if not cpu_repacks():  # the table is of a CPU whose kernel takes some shapes only
+        found = {
+            column: cell for column, cell in found.items() if THIS_CPU not in told[name][column]
+        }
+    assert len(found) >= len(ANSWERS)
     assert found == {column: told[name][column] for column in found}
 
 

@@ -266,6 +266,7 @@ def test_a_dead_server_keeps_the_journal_and_the_rest_comes_later(root: Path) ->
     assert store(root)[1]["run-1"].info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_given_up_in_bounded_time(
     root: Path, silent_server: str
 ) -> None:

@@ -8,9 +8,11 @@ environment into a run, is refused by file and key, at any depth.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,12 @@ def read_settings(path: Path, text: str) -> dict[Any, Any]:
         UserError: If it is no YAML, holds no settings, has tags that make objects, or aliases that
             multiply it.
     """
+    return copy.deepcopy(_parsed(path, text))
+
+
+@lru_cache(maxsize=64)
+def _parsed(path: Path, text: str) -> dict[Any, Any]:
+    """Parse a YAML file; one command asks several times for the recipes that it names."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -93,7 +93,7 @@ def try_worlds(
         )
         how = damage(path, rng, lines=path.suffix == ".jsonl")
         what, started = (seed, number, str(path.relative_to(work)), how), time.process_time()
-        records._told.clear()
+        records._reported.clear()
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 running = go_on(work)
