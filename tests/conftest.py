@@ -26,17 +26,22 @@ for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         )
 LONGEST = (
-    "test_gate",
-    "test_run",
-    "test_faults",
+    "test_docs",
+    "test_verdict",
+    "test_faults_disk",
+    "test_distill_cached",
     "test_quantization",
-    "test_run_formats",
-    "test_sync",
-    "test_meter",
+    "test_faults_tracking",
+    "test_gate",
+    "test_golden",
+    "test_gate_simulation",
+    "test_run",
+    "test_cli",
     "test_selftest",
+    "test_stage_contract",
+    "test_sync",
     "test_recovery",
-    "test_wheel",
-    "test_assess_vllm",
+    "test_optional_formats",
 )
 
 
