@@ -99,6 +99,38 @@ def test_a_broken_paragraph_is_found() -> None:
     assert broken_paragraphs('"""One.\n\n    x = 1\n    y = 2\n\n- item\n  more\n"""') == []
 
 
+# -- files that are spoken of ---------------------------------------------------------------------
+
+NAMED = re.compile(r"`([\w./-]+\.py)`")
+
+
+def lost_names(text: str, near: Path) -> list[str]:
+    """Return the Python files that a text names in backquotes and that are not where it says.
+
+    A name is read from the text's own folder, from `pipeline/`, or from the project's root.
+    """
+    places = (near, ROOT / "pipeline", ROOT, ROOT / "tests")
+    return [
+        name
+        for name in NAMED.findall(text)
+        if not any((place / name).is_file() for place in places)
+    ]
+
+
+def test_a_file_that_the_source_names_is_there() -> None:
+    found = {
+        str(path.relative_to(ROOT)): lost_names(path.read_text(), path.parent) for path in sources()
+    }
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_a_file_that_is_gone_is_found() -> None:
+    quoted = lambda *names: " and ".join(f"`{name}`" for name in names)
+    here = ROOT / "pipeline/runs"
+    assert lost_names(quoted("loop.py", "stages/base.py", "benchmarks/startup.py"), here) == []
+    assert lost_names(quoted("base.py", "runs/gone.py"), here) == ["base.py", "runs/gone.py"]
+
+
 # -- who imports whom -----------------------------------------------------------------------------
 
 

@@ -49,8 +49,8 @@ def target(rows: int, columns: int, *, residual: bool) -> Sparse:
 
 
 def sparse_definition(z: Tensor, teacher: Sparse, labels: Tensor, loss: Loss) -> Tensor:
-    """Return the summed loss on the densified target, by the words of `losses.py`: the rest is one
-    bucket.
+    """Return the summed loss on the densified target, by the words of `distillation/losses.py`:
+    the rest is one bucket.
     """
     p = torch.zeros_like(z).scatter_add(1, teacher.ids, teacher.probabilities)
     q = F.softmax(z / loss.temperature, -1)

@@ -114,7 +114,7 @@ class SelfTest:
     signs: list[int] = field(default_factory=list[int])
     quality: dict[str, TestedReading] = field(default_factory=dict)
     copies: str = ""
-    # what it was served in (`serving_dtype.py`)
+    # what it was served in (`evaluation/serving/dtype.py`)
     dtype: DtypeRecord = field(default_factory=DtypeRecord)
     compare_ns: int = 0
     hours: list[float] = field(default_factory=list[float])

@@ -5,7 +5,7 @@ Inputs, weights and gradients are cast to 8 bits with a scale for the whole tens
 for each row (`rowwise`: steadier, slower); what is stored and stepped stays as it was. Casting
 costs a pass over each of them, so that only wide layers gain: heads and narrow layers are left
 alone. Without torch.compile the casts are not fused.
-Source: torchao.float8, its README (speedups by width on H100) and `config/settings.py` (recipes).
+Source: torchao.float8, its README (speedups by width on H100) and its config.py (recipes).
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class ServingDtype(Enum):
 
 class VllmCheck(Enum):
     """Which artifacts vLLM, where it is installed, loads and scores beside this project
-    (`vllm_check.py`).
+    (`evaluation/serving/vllm_check.py`).
     """
 
     quantized = "quantized"

@@ -78,7 +78,7 @@ class ServePass:
         joules: Of the one pair whose energy was asked for, joules per unit of arm and base as
             `seconds` has seconds.
         why_no_joules: Why they could not be read.
-        dtype: In what artifacts were served that are stored in fp32, and why (`serving_dtype.py`).
+        dtype: In what artifacts were served that are stored in fp32, and why (`dtype.py`).
         orders: By pair, the order of each block: `ABBA` (arm first) or `BAAB`.
         places: By pair, of the four readings of each block: how many readings of any arm came
             before.

@@ -1,8 +1,9 @@
 """What NVML tells of the job's own GPUs, found by UUID: one reading per device and moment, gaps
 with their reasons.
 
-Nothing here interprets: `gpu_sampler.py` turns readings into figures of a window. One process of a
-node reads for a run: a recipe is one process, and a meter refuses to be started once per rank.
+Nothing here interprets: `ledger/gpu_sampler.py` turns readings into figures of a window. One
+process of a node reads for a run: a recipe is one process, and a meter refuses to be started once
+per rank.
 
 What a container can read: energy, power, clocks, temperature, throttle reasons, memory, and mostly
 activity (GPM, from Hopper on). What it cannot: which process did what (the driver knows them by the
