@@ -1,10 +1,12 @@
-# Each target sets up what it needs. VENV=... chooses another virtual environment, WORKERS=... how many test processes.
+# Each target sets up what it needs. VENV=... chooses another virtual environment, WORKERS=... how
+# many test processes.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# What `make test-all` runs: everything that needs no GPU. After `make test`, MARKS='slow and not gpu' is the rest.
+# What `make test-all` runs: everything that needs no GPU.
+# After `make test`, MARKS='slow and not gpu' is the rest.
 MARKS ?= not gpu
 INSTALLED := $(VENV)/.installed
 
@@ -28,7 +30,7 @@ test-all: $(INSTALLED)  # the slow ones too
 mutants: $(INSTALLED)  # single-line faults that the default suite must find
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
-faults: $(INSTALLED)  # kills, full disks, servers that answer wrongly: all of them, the slow ones too
+faults: $(INSTALLED)  # kills, full disks, servers that answer wrongly; the slow ones too
 	$(PYTEST) -m faults
 
 check: $(INSTALLED) docs  # format, lint, types, the documentation
@@ -36,7 +38,7 @@ check: $(INSTALLED) docs  # format, lint, types, the documentation
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(INSTALLED)  # the site into site/; a link, an anchor or a page that leads nowhere is an error
+docs: $(INSTALLED)  # the site into site/; what leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Thousands of damaged records, files and command lines; COUNT=10000 for a night, SEED=N for others.
