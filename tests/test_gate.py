@@ -454,6 +454,13 @@ def test_what_cannot_be_judged_is_refused_in_one_line(
     assert problem in done.stderr
 
 
+def test_a_load_that_no_model_takes_names_the_policys_setting(project) -> None:
+    cwd, paths = project
+    done = gate(cwd, paths["student"], paths["teacher"], "policy.load.prompt=1000000")
+    assert done.returncode == 1
+    assert done.stderr.startswith("refused: policy.load.prompt: "), done.stderr
+
+
 def test_settings_of_a_gate_are_refused_elsewhere(tmp_path: Path) -> None:
     done = here(tmp_path, "recipe=baseline", "promote=true")
     assert done.returncode == 1

@@ -190,7 +190,6 @@ def flip_one_bit(model: Any, tokenizer: Any, folder: Path) -> None:
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.slow
 def test_an_artifact_that_is_not_what_was_quantized_fails_its_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -266,6 +266,26 @@ def test_a_resumed_training_is_bit_equal_to_one_that_never_stopped(tmp_path: Pat
     assert (resumed.hard, resumed.smooth) == (progress.hard, progress.smooth)
 
 
+def test_dropout_draws_after_a_resume_what_it_would_have_drawn(tmp_path: Path) -> None:
+    """The one thing of a step that no batch and no weight holds is where the generators are."""
+
+    def drawing() -> Any:
+        torch.manual_seed(7)
+        shape = GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=2, n_positions=64)
+        assert shape.resid_pdrop > 0
+        return GPT2LMHeadModel(shape)
+
+    whole = drawing()
+    run(whole, settings(), tmp_path / "whole")
+    asked = iter([None] * 2 + [Preempted] * 9)
+    with pytest.raises(Preempted):
+        run(drawing(), settings(), tmp_path / "cut", should_stop=lambda: next(asked))
+    model = drawing()
+    torch.manual_seed(12345)
+    run(model, settings(), tmp_path / "cut")
+    same(weights(whole), weights(model))
+
+
 def test_no_checkpoint_holds_a_pickle(tmp_path: Path) -> None:
     run(tiny(Task.causal_lm), settings(checkpoint_every=2), tmp_path)
     names = {path.name for path in tmp_path.glob("step-*/*")}

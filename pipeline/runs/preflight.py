@@ -348,7 +348,10 @@ def _lengths(run: Run) -> Iterator[tuple[str, int]]:
         measure in pair.on for pair in run.compare for measure in (Measure.serving, Measure.payback)
     ):
         answer = run.serving.load.new if run.task.kind.is_language else 0
-        yield "serving.load.prompt", run.serving.load.prompt + answer
+        # a gate serves at its policy's load, and `serving.load` cannot be set there
+        is_gate = any(stage.takes_release() for stage in stages_of(run).values())
+        group = "policy" if is_gate else "serving"
+        yield f"{group}.load.prompt", run.serving.load.prompt + answer
     if not run.task.kind.is_language:  # texts, cut where they are longer
         return
     if run.quality.sequence_length is not None:
