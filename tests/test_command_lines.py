@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from here import here
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
@@ -184,6 +185,23 @@ GROUPS = [
     "recipe=2026",
     "recipe=1e5",
 ]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ([], "tiny"),
+        (["model=h200_124m"], "llama-124m"),
+        (["model.path=Qwen/Qwen2.5-1.5B"], "Qwen2.5-1.5B"),
+        (["model.path=models/mine/"], "mine"),
+        (["model.path=models/mine", "model.name=ours"], "ours"),
+    ],
+)
+def test_costs_add_up_under_the_name_of_the_model_that_is_given(
+    given: list[str], name: str, tmp_path: Path
+) -> None:
+    done = here(tmp_path, "recipe=baseline", *given, "--cfg", "job", "--resolve")
+    assert yaml.safe_load(done.stdout)["model"]["name"] == name
 
 
 @pytest.mark.parametrize("arg", GROUPS)

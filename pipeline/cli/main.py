@@ -407,6 +407,7 @@ def _tell_hydra_the_schema() -> None:
     from pipeline.stages.table import STAGES
 
     OmegaConf.register_new_resolver("embedded", _embedded, replace=True)
+    OmegaConf.register_new_resolver("of_path", _of_path, replace=True)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=Run)
     for type_name, stage in STAGES.items():
@@ -418,6 +419,14 @@ def _embedded(value: Any, *, _root_: Any) -> Any:
     whole.
     """
     return value if _root_.data.path is None and _root_.data.hub is None else None
+
+
+def _of_path(value: Any, *, _root_: Any) -> Any:
+    """Return the name of a profile's own model, or that of the folder or Hub name that is given in
+    its place: its costs add up under it.
+    """
+    path = _root_.model.path
+    return value if path is None else str(path).rstrip("/").rpartition("/")[2] or value
 
 
 def _asked_for(args: list[str], recipes: dict[str, Recipe]) -> list[Recipe]:
