@@ -80,7 +80,7 @@ DEARER = serving(-0.1, (-0.15, -0.05), outcome=Outcome.FAIL)
             make_verdict(DEARER, accuracy(0.00001, (-0.00002, 0.00004)), payback(None)),
             (
                 "FAIL  +10.0% GPU-s/1k tokens [+5.0, +15.0]  accuracy 0.0 pt [0.0, 0.0] vs margin"
-                " -1.0  never pays back  by serving  policy strict"
+                " -1.0  never pays back  because of serving  policy strict"
             ),
         ),
         (

@@ -48,6 +48,7 @@ def _of_row(quality: Mapping[str, Any]) -> list[str]:
     ends = value("end_token_bits")
     if ends is not None:
         said.append(
-            f"an end costs {significant(ends, 3)} bits on test, which are in no other figure"
+            f"the token that ends a text costs {significant(ends, 3)} bits on test, which no other"
+            " figure counts"
         )
     return said

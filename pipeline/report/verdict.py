@@ -67,7 +67,7 @@ def verdict_line(verdict: Judgement) -> str:
         if each["gating"] and each["outcome"] == verdict["verdict"]
     ]
     if behind and verdict["verdict"] != "PASS":
-        parts.append(f"by {', '.join(behind)}")
+        parts.append(f"because of {', '.join(behind)}")
     parts.append(f"policy {one_line(verdict['policy']['name'], 40)}")
     return GAP.join(parts)
 
