@@ -86,7 +86,7 @@ DEARER = serving(-0.1, (-0.15, -0.05), outcome=Outcome.FAIL)
         (
             make_verdict(serving(), NOT_COMPARED),
             (
-                "INVALID  -38.2% GPU-s/1k tokens [-41.0, -35.1]  accuracy unknown  by"
+                "INVALID  -38.2% GPU-s/1k tokens [-41.0, -35.1]  accuracy unknown  because of"
                 " quality/accuracy  policy strict"
             ),
         ),
