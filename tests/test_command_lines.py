@@ -350,3 +350,40 @@ def test_places_that_no_disk_takes_are_one_line(compose: Any, arg: str) -> None:
     line = compose("recipe=baseline", arg)
     assert line.startswith(arg.partition("=")[0])
     assert "crashed" not in line
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["recipe=distill", "stages.student=null"],
+        ["recipe=release_check", "stages.candidate=null", "candidate=a", "baseline=b"],
+        ["recipe=baseline", "stages.baseline=null", "~stages.baseline"],
+    ],
+)
+def test_what_stands_among_the_stages_and_is_none_is_refused(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(given, started_ns=0, execute=lambda *_: 0) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("refused: stages.")
+
+
+def test_a_stage_that_a_recipe_forgets_to_place_is_refused_with_the_line_to_add(
+    tmp_path: Path,
+) -> None:
+    text = (
+        "# Is it?\ndefaults:\n  - /stage@stages.x: train\nprimary_arm: x\nstages: {y: {steps: 7}}\n"
+    )
+    (tmp_path / "mine.yaml").write_text(text)
+    done = here(tmp_path, "--recipe-dir", str(tmp_path), "recipe=mine")
+    assert done.returncode == 1
+    assert done.stderr.startswith("refused: stages.y: has no type; add /stage@stages.y: ")
+
+
+@pytest.mark.parametrize("name", ["student-1", "лектор", "1st"])
+def test_a_name_that_is_none_for_a_stage_says_what_is(tmp_path: Path, name: str) -> None:
+    text = f"# Is it?\ndefaults:\n  - /stage@stages.{name}: train\nprimary_arm: x\n"
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    done = here(tmp_path, "--recipe-dir", str(tmp_path), "recipe=mine")
+    assert done.returncode == 1
+    assert "is no name for a stage; use English letters" in done.stderr

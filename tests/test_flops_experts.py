@@ -5,6 +5,7 @@ counted.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from make_assess_models import byte_tokenizer, saved
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pipeline.ledger import flops
-from pipeline.ledger.flops import active_parameters, count_flops, expert_shares, six_n, suspicion
+from pipeline.ledger.flops import (
+    FlopsPerSequence,
+    active_parameters,
+    count_flops,
+    expert_shares,
+    six_n,
+    suspicion,
+)
 from pipeline.stages.step_flops import ModelFlops, doubt
 from pipeline.tasks.table import Task
 
@@ -176,6 +184,34 @@ def test_as_many_experts_as_there_are_is_a_dense_model() -> None:
     )
     counts = [count_flops(each, Task.causal_lm, backward=False)(T) for each in (dense, sparse)]
     assert counts[0] - counts[1] == 2 * T * L * 3 * (3 * H * M)  # three experts of four
+
+
+def test_a_count_is_known_again_only_of_the_same_structure() -> None:
+    """Of equal configurations: another k on a module, a frozen layer, a layer less, a hook."""
+
+    def counted(change: Callable[[Any], Any]) -> tuple[FlopsPerSequence, FlopsPerSequence]:
+        model = made(MIXTURES["mixtral"][0])
+        change(model)
+        found = ModelFlops.of(model, Task.causal_lm, backward=True)
+        assert found.why is None
+        return found.per_sequence, count_flops(model, Task.causal_lm, backward=True)
+
+    def other_k(model: Any) -> None:
+        for module in model.modules():
+            if hasattr(module, "top_k"):
+                module.top_k = 1
+
+    changes: list[Callable[[Any], Any]] = [
+        lambda model: None,
+        lambda model: None,
+        other_k,
+        lambda model: model.model.layers[0].requires_grad_(False),
+        lambda model: model.model.layers.__delitem__(0),
+        lambda model: model.get_input_embeddings().requires_grad_(False),
+    ]
+    found = [counted(change) for change in changes]
+    assert all(ours == anew for ours, anew in found)
+    assert len({ours for ours, _ in found}) >= 4
 
 
 def test_experts_are_left_as_they_were() -> None:

@@ -714,6 +714,21 @@ def test_a_verdict_that_mlflow_holds_is_believed_only_as_it_was_recorded_and_for
             registry.find_verdict(at(root), tagged)
 
 
+def test_a_verdict_of_an_earlier_schema_is_believed_as_it_was_written(root: Path) -> None:
+    """Its checksum is of the file, and what is read of it has today's names."""
+    saving = {"v": 0.1, "prov": "measured", "why_null": None}
+    verdict = {"run_id": "r", "key": "k", "look": 1, "verdict": "FAIL", "saving": saving}
+    client = MlflowClient(at(root))
+    sums = {"gate.key": "k", "gate.verdict": "FAIL", "gate.sha256": checksum(verdict)}
+    experiment = client.create_experiment("release_check", str(root / "kept"))
+    run = client.create_run(experiment, tags=sums)
+    client.log_text(run.info.run_id, json.dumps(verdict), "verdict.json")
+    client.set_terminated(run.info.run_id)
+    found = registry.find_verdict(at(root), "k")
+    assert found is not None
+    assert found["saving"] == {"value": 0.1, "provenance": "measured", "why_missing": None}
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")

@@ -493,7 +493,7 @@ def _typed(
     from omegaconf.errors import OmegaConfBaseException
 
     from pipeline.cli.left_out import leave_out
-    from pipeline.cli.validate import validate
+    from pipeline.cli.validate import check_types, validate
     from pipeline.gate.checks import is_gate
     from pipeline.report.github import refusals_reported
     from pipeline.stages.settings import settle_epochs
@@ -507,6 +507,7 @@ def _typed(
     if missing:
         raise UserError(missing[0], "has no value", f"give one: {missing[0]}=...")
     refuse_code_keys(settings, "settings")
+    check_types(run)
     with refusals_reported(is_gate(run)):
         note = leave_out(run, left_out)
         settle_epochs(run, given)

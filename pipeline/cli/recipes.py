@@ -43,7 +43,7 @@ recognised by shape.
 ODD_TO_OMEGACONF = (ValueError, TypeError, AssertionError, AttributeError, RecursionError)
 """What OmegaConf lets through, beside its own errors, where a text is no settings."""
 TAGS = ("str", "int", "float", "bool", "null", "map", "seq", "merge")
-_STAGE = re.compile(r"/stage@stages\.([A-Za-z]\w*)")
+_STAGE = re.compile(r"/stage@stages\.([A-Za-z]\w*)", re.ASCII)
 _CHOICE = re.compile(r"(?:override\s+)?/?([a-z_]+)")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PLAIN = re.compile(r"\$\{\.*[A-Za-z_][\w.\[\]]*\}")
@@ -230,6 +230,9 @@ def _check_defaults(path: Path, defaults: Any) -> None:
                 problem = f"{choice!r} is no type of stage"
                 raise _refused(path, f"defaults: {group}", problem, f"known: {', '.join(STAGES)}")
             continue
+        if group.startswith("/stage@stages."):
+            remedy = "use English letters, digits and _, a letter first"
+            raise _refused(path, f"defaults: {group}", "is no name for a stage", remedy)
         chosen = _CHOICE.fullmatch(group)
         if (
             chosen is None

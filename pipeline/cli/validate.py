@@ -55,18 +55,30 @@ def validate(run: Run) -> None:
     _check_rest(run)
 
 
-def _check_stages(run: Run) -> None:
-    if not run.stages:
-        raise UserError(
-            "stages", "the recipe places none", "add defaults: [/stage@stages.NAME: train]"
-        )
-    earlier: list[str] = [BASE]
+def check_types(run: Run) -> None:
+    """Refuse what stands among the stages and is none: whoever asks a stage anything asks after
+    this.
+
+    Raises:
+        UserError: Naming the stage.
+    """
     for name, stage in run.stages.items():
         key = f"stages.{name}"
         if not isinstance(stage, Stage):
             raise UserError(
                 key, "has no type", f"add /stage@{key}: {'|'.join(STAGES)} to the recipe's defaults"
             )
+
+
+def _check_stages(run: Run) -> None:
+    if not run.stages:
+        raise UserError(
+            "stages", "the recipe places none", "add defaults: [/stage@stages.NAME: train]"
+        )
+    check_types(run)
+    earlier: list[str] = [BASE]
+    for name, stage in stages_of(run).items():
+        key = f"stages.{name}"
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", name) or name in RESERVED:
             raise UserError(
                 key,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pipeline.training.objective import Objective
     from pipeline.training.prefetch import Batches
 
+PLAIN = (bool, int, float, str)
 FEW = 8  # steps that an average is taken over
 NOTHING = FlopsPerSequence(0.0, 0.0, 0.0)
 
@@ -135,7 +136,11 @@ def _structure(model: Any, task: Task, *, backward: bool) -> str | None:
         return None
     whole = hashlib.sha256(f"{task} {backward} {model.config.to_json_string()}".encode())
     for name, module in modules:
-        whole.update(f"{name} {type(module).__module__}.{type(module).__qualname__}\n".encode())
+        # plain attributes decide too: how many experts a token visits, a window, a scale
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)}
+        plain.pop("training", None)  # a count is of the same mode always
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        whole.update(f"{name} {kind} {sorted(plain.items())}\n".encode())
     places: dict[int, int] = {}  # tied weights have one
     for name, weight in model.named_parameters(remove_duplicate=False):
         place = places.setdefault(id(weight), len(places))

@@ -35,8 +35,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from pipeline.config.redaction import redact_value, without_login
 from pipeline.errors import UserError
 from pipeline.ledger.charge_sources import RUN_TAG
+from pipeline.ledger.records import parsed
 from pipeline.ledger.shapes import Verdict
-from pipeline.store.artifacts import MODEL, read_json
+from pipeline.ledger.values import from_schema_1
+from pipeline.store.artifacts import MODEL
 from pipeline.store.waiting import locked
 from pipeline.tracking.deliver import MAX_NAME, MAX_TAG, is_down, pages, quiet, store_errors
 
@@ -298,7 +300,7 @@ def find_verdict(uri: str, key: str) -> Verdict | None:
             ):  # does not count as an interim analysis
                 continue
             place = Path(client.download_artifacts(run.info.run_id, FILE, folder))
-            written = read_json(place)
+            written, _ = parsed(place)  # as it was written: its checksum is of that
             verdict = (
                 as_recorded(written) if isinstance(written, dict) and "run_id" in written else None
             )
@@ -309,7 +311,7 @@ def find_verdict(uri: str, key: str) -> Verdict | None:
             ):
                 problem = f"{FILE} of MLflow's run {run.info.run_id} is not what was recorded"
                 raise UserError("verdict", problem, "restore it; a verdict is never edited")
-            found.append(verdict)
+            found.append(from_schema_1(verdict))
     return max(found, key=lambda each: each["look"], default=None)
 
 
