@@ -228,6 +228,36 @@ def test_pruning_is_known_to_nothing_but_its_file_the_table_and_a_recipe() -> No
     assert knowing == {"stages/prune.py", "stages/table.py"}
 
 
+class Begun(Exception):
+    """Training would begin now."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [({}, True), ({"teacher": "other"}, False), ({"model": "a", "teacher": "a"}, True)],
+)
+def test_a_cut_that_reads_as_well_as_the_whole_is_no_weak_teacher(
+    settings: dict[str, str], allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[bool] = []
+
+    def begins(*_: Any, distill: Any, **__: Any) -> None:
+        taken.append(distill.allow_weak_teacher)
+        raise Begun
+
+    monkeypatch.setattr("pipeline.stages.training.run_training", begins)
+    with pytest.raises(Begun):
+        PruneStage(**settings).run({}, None)  # type: ignore[arg-type]
+    assert taken == [allowed]
+
+
+@pytest.mark.slow
+def test_layers_of_random_weights_are_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Nothing is lost with a layer that does nothing, and half of such cuts read better."""
+    done = forked_run(tmp_path, *PRUNE, "stages.reference.steps=0")
+    assert done.returncode == 0, done.stderr
+
+
 def test_pruning_drops_the_layers_that_validation_misses_least(
     pruned: tuple[Path, dict[str, Any]],
 ) -> None:

@@ -115,8 +115,14 @@ class PruneStage(DistillSettings):
         from pipeline.stages.training import run_training
 
         found: Pruned = {"layers": 0, "dropped": [], "trials": []}
+        # A cut that reads as well as the whole model is what one hopes for, and no weak teacher.
+        of_itself = self.allow_weak_teacher or self.teacher == self.model
         made = run_training(
-            self, inputs, ctx, distill=self, start=lambda: self._start(inputs, ctx, found)
+            self,
+            inputs,
+            ctx,
+            distill=replace(self, allow_weak_teacher=of_itself),
+            start=lambda: self._start(inputs, ctx, found),
         )
         said = f"{ctx.stage}: dropped layers {', '.join(map(str, found['dropped']))} of"
         said = f"{said} {found['layers']}"
