@@ -25,6 +25,7 @@ from pipeline.ledger.flops import (
     six_n,
     suspicion,
 )
+from pipeline.stages import step_flops
 from pipeline.stages.step_flops import ModelFlops, doubt
 from pipeline.tasks.table import Task
 
@@ -330,6 +331,7 @@ def test_no_kind_of_failure_gets_out(
 
     monkeypatch.setattr(flops, "_twin", fail)
     monkeypatch.setattr(flops, "_matmul_weights", fail)
+    monkeypatch.setattr(step_flops, "_counted", {})  # others of this process know this model
     model = made(MIXTURES["mixtral"][0])
     found = ModelFlops.of(model, Task.causal_lm, backward=True)
     assert (found.why, found.why_no_rule) == (f"{error.__name__}: no such luck",) * 2
