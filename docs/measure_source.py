@@ -60,7 +60,7 @@ def measure(root: Path) -> dict[str, str]:
         for each in functions(trees)
     ]
     documented = [ast.get_docstring(each) for each in public(trees)]
-    told = [text for text in documented if text]
+    described = [text for text in documented if text]
     top = [each for each in (root / "pipeline").iterdir() if each.name not in ("__pycache__",)]
     folders = [each for each in top if each.is_dir() and not each.name.startswith("_")]
     modules = [each for each in top if each.suffix == ".py"]
@@ -75,8 +75,8 @@ def measure(root: Path) -> dict[str, str]:
             f" {share(sum(n > 6 for n in taken), len(taken))}"
         ),
         "public docstrings (unit, shape, source)": (
-            f"{share(len(told), len(documented))}"
-            f" ({share(sum(bool(UNIT.search(text)) for text in told), len(documented))})"
+            f"{share(len(described), len(documented))}"
+            f" ({share(sum(bool(UNIT.search(text)) for text in described), len(documented))})"
         ),
         "comment lines": share(sum(map(comment_lines, texts)), len(lines)),
         "lines over 100 characters": share(sum(len(line) > 100 for line in lines), len(lines)),

@@ -43,7 +43,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def validate(run: Run) -> None:
-    """Refuse a run that cannot work.
+    """Refuse a run that cannot work, and whose stages are stages (`check_types`).
 
     Raises:
         UserError: One line: the key, what is wrong with it, what would be right.
@@ -75,7 +75,6 @@ def _check_stages(run: Run) -> None:
         raise UserError(
             "stages", "the recipe places none", "add defaults: [/stage@stages.NAME: train]"
         )
-    check_types(run)
     earlier: list[str] = [BASE]
     for name, stage in stages_of(run).items():
         key = f"stages.{name}"

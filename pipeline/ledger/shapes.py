@@ -106,10 +106,9 @@ class Money(TypedDict):
     facility_energy_j: NotRequired[Figure]
 
 
-class UsageRecord(TypedDict):
-    """What devices did in a window; see `gpu_usage.Usage`."""
+class _Counters(TypedDict):
+    """What the counters of devices said of a window."""
 
-    energy_j: Figure
     energy_integral_j: Figure
     power_w_mean: Figure
     busy: Figure
@@ -123,33 +122,24 @@ class UsageRecord(TypedDict):
     sm_clock_mhz_min: Figure
     temperature_c_max: Figure
     throttle_share: Figure
-    power_cap_share: Figure
     foreign_load: Figure
     throttle_reasons: list[str]
+
+
+class UsageRecord(_Counters):
+    """What devices did in a window; see `gpu_usage.Usage`."""
+
+    energy_j: Figure
+    power_cap_share: Figure
     problems: list[str]
 
 
-class Conditions(TypedDict):
+class Conditions(_Counters):
     """What a machine was like while a row's windows were open: all of `UsageRecord` but the energy,
     what disturbed them, and what metering itself took.
     """
 
-    energy_integral_j: Figure
-    power_w_mean: Figure
-    busy: Figure
-    sm_active: Figure
-    tensor_active: Figure
-    dram_active: Figure
-    nvlink_bytes_per_s: Figure
-    pcie_bytes_per_s: Figure
-    memory_used_peak_bytes: Figure
-    sm_clock_mhz_mean: Figure
-    sm_clock_mhz_min: Figure
-    temperature_c_max: Figure
-    throttle_share: Figure
     power_cap_share: NotRequired[Figure]
-    foreign_load: Figure
-    throttle_reasons: list[str]
     problems: list[str]
     meter_overhead: Figure
     truncated: bool
