@@ -164,12 +164,14 @@ def test_gradients_are_those_at_the_rounded_weights(
             generator=torch.Generator().manual_seed(1),
         )
     plain: Any = load_model(source, Task.causal_lm)
+    for each in (model, plain):  # before weights are copied: rounded to fp32 they are others
+        each.double()
     with torch.no_grad():
         for name, module in plain.named_modules():
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
                 module.weight.copy_(model.get_submodule(name).weight)
     for each in (model, plain):
-        each.double()(input_ids=IDS, labels=IDS).loss.backward()
+        each(input_ids=IDS, labels=IDS).loss.backward()
     true = plain.model.layers[0].mlp.up_proj.weight.grad
     own = layer.parametrizations.weight
     if adapters is None:
