@@ -96,7 +96,7 @@ TIMES = re.compile(
     r"|^(environment|device|run|run_id|question|items|path|settings|serving|meter_valid"
     r"|meter_problems|verdict|notes"
     # of a later schema
-    r"|inputs|makes|control)$"
+    r"|inputs|makes|control|unchanged)$"
 )
 """Keys of what a clock decides, or a machine, or where a run lies."""
 

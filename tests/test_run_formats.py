@@ -97,10 +97,11 @@ def test_a_search_that_finds_nothing_cheaper_leaves_the_model_and_is_charged(
     for figure in (pair["serving"], pair["payback"]):
         assert (figure["value"], figure["why_missing"]) == (None, "both are the same artifact")
     assert pair["speedup"]["no_speedup"]
-    assert quantized["unchanged"] == {
-        "as": "reference",
-        "why": "nothing that holds the tolerance saves time",
-    }
+    why = "nothing that holds the tolerance saves time"
+    # timings say whether 16 bits, which are read against, save time themselves
+    whys = [why, *(f"{why} over {form}, the best 16-bit form" for form in ("bf16", "fp16"))]
+    assert quantized["unchanged"]["as"] == "reference"
+    assert quantized["unchanged"]["why"] in whys
     assert reference["unchanged"] is None
     said = result["conclusion"]
     assert said["verdict"].startswith("No format pays: quantized stays as the unquantized model is")
