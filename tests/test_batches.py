@@ -221,7 +221,7 @@ def test_what_is_longer_than_a_window_is_cut_and_said() -> None:
             " their answers"
         ),
         (
-            "1 answers are longer than a window: 27 of their tokens are not learnt; raise"
+            "1 answer is longer than a window: 27 of its tokens are not learnt; raise"
             " training.sequence_length"
         ),
     ]

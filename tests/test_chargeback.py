@@ -212,7 +212,7 @@ def test_what_mlflow_has_not_had_is_said(root: Path, capsys: pytest.CaptureFixtu
     journal.write("heartbeat", t=NOON + 1, mono_ns=9)
     journal.close()
     report(root)
-    assert f"1 runs under {root} have more to tell than MLflow has had" in capsys.readouterr().out
+    assert f"1 run under {root} has more to tell than MLflow has had" in capsys.readouterr().out
 
 
 def test_a_comparison_pass_that_was_taken_over_is_reused_too() -> None:
@@ -360,7 +360,7 @@ def test_runs_inside_a_metered_run_are_its_own_seconds(
     write_run(root, "inner", [a_row()], tags={"nested_in": "outer"})
     write_run(root, "lone", [a_row()], tags={"nested_in": "of another store"}, minutes=(0, 0))
     assert hours(report(root), "vision") == pytest.approx((25 + 22) / 60)
-    assert "1 runs inside a metered run are part of it" in capsys.readouterr().out
+    assert "1 run inside a metered run is part of it" in capsys.readouterr().out
 
 
 def silent_row(**more: Any) -> dict[str, Any]:
@@ -458,7 +458,7 @@ def test_a_recipe_under_a_meter_is_charged_once(
     )
     with (root / "out.csv").open(encoding="utf-8", newline="") as opened:
         assert hours(list(csv.DictReader(opened)), "vision") == pytest.approx(totals[outer])
-    assert "1 runs inside a metered run are part of it" in capsys.readouterr().out
+    assert "1 run inside a metered run is part of it" in capsys.readouterr().out
 
 
 def test_what_was_deleted_in_the_ui_is_spent_all_the_same_and_once(root: Path) -> None:
@@ -534,7 +534,7 @@ def test_runs_of_other_programs_are_left_out_and_said(
     assert report(root) == []
     said = capsys.readouterr().out
     assert "no run spent anything in this period" in said
-    assert "1 runs of other programs were left out" in said
+    assert "1 run of another program was left out" in said
 
 
 def test_a_large_store_is_read_page_by_page(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

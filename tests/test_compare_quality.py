@@ -266,7 +266,7 @@ def test_what_cannot_be_compared_says_why() -> None:
         == "the arm has no 'agree' per document"
     )
     one = {name: column[:1] for name, column in arm.items()}
-    assert _compare("bits_per_byte", one, one)["why_missing"] == "1 document(s) have no spread"
+    assert _compare("bits_per_byte", one, one)["why_missing"] == "1 document has no spread"
 
 
 @pytest.mark.parametrize("key", ["bits_per_byte", "next_token_accuracy", "accuracy", "macro_f1"])

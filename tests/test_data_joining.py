@@ -327,7 +327,7 @@ def test_groups_of_any_value(tmp_path: Path, one: Any, other: Any) -> None:
         tmp_path, "test.jsonl", [{"text": "tested", "who": other}, {"text": "own", "who": " "}]
     )
     dataset = load(tmp_path, LM, group_field="who")
-    assert "train: dropped 1 documents of 1 groups that stand in test too" in dataset.notes
+    assert "train: dropped 1 document of 1 group that stands in test too" in dataset.notes
     assert dataset.splits["test"][1].group is None
 
 

@@ -198,13 +198,13 @@ def test_a_text_with_two_labels_is_counted_and_a_rule_decides(tmp_path: Path) ->
     kept, notes = texts()
     assert len(kept) == 90
     assert any(
-        "dropped 2 documents: 1 texts have two labels, such as 'Torn text' (a and b)" in note
+        "dropped 2 documents: 1 text has two labels: 'Torn text' (a and b)" in note
         for note in notes
     )
     kept, notes = texts(conflicting_labels=Conflicting.keep_first)
     assert "Torn text" in kept
     assert "torn  text" not in kept
-    with pytest.raises(UserError, match=r"1 texts have two labels"):
+    with pytest.raises(UserError, match=r"1 text has two labels"):
         texts(conflicting_labels=Conflicting.refuse)
 
 

@@ -153,7 +153,7 @@ def test_shards_are_read_in_their_order(tmp_path: Path) -> None:
         (["train_1.jsonl"], "train could be train.jsonl or train_1.jsonl"),
         (
             ["test-00000-of-00002.jsonl"],
-            "test-00000-of-00002.jsonl is one of 2 shards, and 1 are there",
+            "test-00000-of-00002.jsonl is one of 2 shards, and 1 is there",
         ),
         (
             ["traintest.jsonl", "train-test.jsonl"],

@@ -57,9 +57,9 @@ def test_what_test_has_is_dropped_from_validation_and_train(tmp_path: Path) -> N
     assert texts(dataset, "validation") == {"both  Valid", "only validation"}
     assert texts(dataset, "train") == {f"own {n}" for n in range(40)}
     for note in (
-        "validation: dropped 1 documents that stand in test too",
+        "validation: dropped 1 document that stands in test too",
         "train: dropped 3 documents that stand in test too",
-        "train: dropped 1 documents that stand in validation too",
+        "train: dropped 1 document that stands in validation too",
     ):
         assert note in dataset.notes
     with pytest.raises(
@@ -158,7 +158,7 @@ def test_groups_in_two_splits_stay_in_one(tmp_path: Path) -> None:
         test=[{"text": "another", "source": 3}, {"text": "own", "source": None}],
     )
     dataset = load(tmp_path, group_field="source")
-    assert "train: dropped 2 documents of 1 groups that stand in test too" in dataset.notes
+    assert "train: dropped 2 documents of 1 group that stands in test too" in dataset.notes
     assert [document.group for document in dataset.splits["test"]] == ["3", None]
     with pytest.raises(UserError, match=r"group '3' of test is in train too"):
         load(tmp_path, group_field="source", shared_documents=Shared.refuse)

@@ -36,7 +36,7 @@ def test_missing_splits_are_cut_by_content_and_stay_when_documents_are_added(tmp
     assert digests(small, "test") <= digests(large, "test")
     assert digests(large, "train").isdisjoint(digests(large, "test") | digests(large, "validation"))
     assert small.digest != large.digest
-    assert "train: dropped 1 blank documents" in large.notes
+    assert "train: dropped 1 blank document" in large.notes
 
 
 def test_a_document_in_two_splits_is_refused_where_that_is_asked_for(tmp_path) -> None:
@@ -79,7 +79,7 @@ def test_a_document_in_two_splits_is_refused_where_that_is_asked_for(tmp_path) -
         ('{"text": "a", "label": true}\n', CLASSES, "all documents have label 'true'"),
         ('{"text": "a", "label": " "}\n', CLASSES, "label ' '"),
         ('{"text": "a", "label": "x"}\n', CLASSES, "all documents have label 'x'"),
-        ('{"text": "a", "label": {"x": 1}}\n', CLASSES, "line 1 has 1 labels"),
+        ('{"text": "a", "label": {"x": 1}}\n', CLASSES, "line 1 has 1 label"),
     ],
 )
 def test_bad_files_are_refused_by_line(tmp_path, content, task, problem) -> None:

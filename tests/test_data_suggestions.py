@@ -300,7 +300,7 @@ def test_the_first_answer_of_a_question_is_learnt_after_its_context(
         "answers lists texts: the first is learnt; an empty list is a blank document"
         in dataset.notes
     )
-    assert "train: dropped 1 blank documents" in dataset.notes
+    assert "train: dropped 1 blank document" in dataset.notes
 
 
 def test_a_list_of_texts_can_be_reached_into(tmp_path: Path) -> None:

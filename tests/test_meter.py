@@ -361,7 +361,7 @@ def test_kill_after_ends_the_whole_group(tmp_path: Path) -> None:
     result = result_of(folder_of(tmp_path))
     assert (result["status"], result["why"]) == ("KILLED", "ended by SIGKILL")
     assert result["environment"]["notes"] == [
-        "1 ranks ended without a last word: up to 2 s of each are booked as other"
+        "1 rank ended without a last word: up to 2 s of it are booked as other"
     ]
 
 

@@ -205,21 +205,15 @@ def _raw(**changes: Any) -> dict[str, Any]:
         (_raw(), None),
         (
             _raw(host="n2"),
-            "1 ranks reported from other hosts, or torn; they are left out: meter each node",
+            "1 rank reported from another host, or torn; it is left out: meter each node",
         ),
-        (
-            _raw(phases_ns={"forward": 3}),
-            "1 ranks' phases do not sum to their life; they are left out",
-        ),
-        (
-            _raw(phases_ns={"thinking": 4}),
-            "1 ranks' phases do not sum to their life; they are left out",
-        ),
+        (_raw(phases_ns={"forward": 3}), "1 rank's phases do not sum to its life; it is left out"),
+        (_raw(phases_ns={"thinking": 4}), "1 rank's phases do not sum to its life; it is left out"),
         (
             _raw(ended=False),
-            "1 ranks ended without a last word: up to 2 s of each are booked as other",
+            "1 rank ended without a last word: up to 2 s of it are booked as other",
         ),
-        ("{", "1 ranks reported from other hosts, or torn; they are left out: meter each node"),
+        ("{", "1 rank reported from another host, or torn; it is left out: meter each node"),
     ],
 )
 def test_what_ranks_left_is_read_with_its_flaws_said(

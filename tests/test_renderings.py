@@ -234,37 +234,37 @@ def test_what_is_learnt_of_a_conversation(case: str) -> None:
     [
         (
             "thoughts of the last answer alone",
-            "rewrites earlier turns: 1 conversations are learnt as 2 examples",
+            "rewrites earlier turns: 1 conversation is learnt as 2 examples",
         ),
         (
             "who speaks first and is not taken",
-            "1 assistant turns before the first user turn are left out",
+            "1 assistant turn before the first user turn is left out",
         ),
-        ("thoughts dropped", "changes 1 answers, or leaves parts of them out"),
-        ("system's words in the last turn", "1 answers follow another text than the one"),
-        ("nothing to learn", "1 conversations have no turn to learn"),
+        ("thoughts dropped", "changes 1 answer, or leaves parts of it out"),
+        ("system's words in the last turn", "1 answer follows another text than the one"),
+        ("nothing to learn", "1 conversation has no turn to learn"),
         ("calls that are not written", "the chat template leaves out the tool calls of 2 turns"),
         (
             "calls that are not written",
-            "1 assistant turns of which the chat template leaves nothing are read, and not",
+            "1 assistant turn of which the chat template leaves nothing is read, and not",
         ),
         (
             "calls and thoughts that are not written, and nothing else",
-            "the chat template leaves out the tool calls of 1 turns, the reasoning of 1 turns",
+            "the chat template leaves out the tool calls of 1 turn, the reasoning of 1 turn",
         ),
         (
             "calls and thoughts that are not written, and nothing else",
-            "1 conversations have no turn to learn",
+            "1 conversation has no turn to learn",
         ),
         (
             "a thought that is dropped, and nothing else",
-            "1 assistant turns of which the chat template leaves nothing",
+            "1 assistant turn of which the chat template leaves nothing",
         ),
         (
             "results and a system that are not written",
             (
-                "leaves out the tool calls of 1 turns, the text of 1 tool turns, the text of 1"
-                " system turns"
+                "leaves out the tool calls of 1 turn, the text of 1 tool turn, the text of 1"
+                " system turn"
             ),
         ),
     ],

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.ledger.numbers import (
+    agreed,
     apart,
     count,
     duration,
+    how_many,
     in_unit,
     num_bytes,
     percent,
@@ -75,6 +77,15 @@ def test_a_count_reads_back_and_keeps_whole_zeros(n: int) -> None:
     number, _, prefix = count(n).partition(" ")
     assert float(number) * _PREFIXES[prefix] == pytest.approx(n, rel=6e-3)
     assert prefix == "T" or float(number) < 1000
+
+
+def test_what_is_counted_agrees_with_its_count() -> None:
+    assert [how_many(n, "run") for n in (0, 1, 2, 11)] == ["0 runs", "1 run", "2 runs", "11 runs"]
+    assert how_many(count(1), "request") == "1 request"
+    assert how_many(count(1000), "request") == "1 k requests"
+    assert how_many(1, "class is", "classes are") == "1 class is"
+    assert how_many(3, "class is", "classes are") == "3 classes are"
+    assert [agreed(n, "is", "are") for n in (0, 1, 2)] == ["are", "is", "are"]
 
 
 def test_bytes_take_decimal_prefixes() -> None:

@@ -44,6 +44,7 @@ import numpy.typing as npt
 from scipy import optimize, special
 
 from pipeline.compare.statistics import normal_quantile, t_quantile
+from pipeline.ledger.numbers import how_many
 
 ALPHA = 0.05  # one-sided, of each alarm at each release
 LEAST_EARLIER = 3  # releases, below which nothing is known of how far they lie apart
@@ -446,8 +447,8 @@ def _step(name: str, read: Sequence[tuple[Judged, Figure | None]], alpha: float)
     detected = step([each.added for each in readings], errors, alpha=alpha, degrees=degrees)
     if detected is None:
         why = (
-            f"{len(same)} earlier releases under this policy on this device, and a step takes"
-            f" {LEAST_EARLIER}"
+            f"{how_many(len(same), 'earlier release')} under this policy on this device, and a step"
+            f" takes {LEAST_EARLIER}"
         )
         return replace(finding, releases=len(same), why=why)
     shown = [from_added(each, relative=own.relative) for each in (detected.estimate, detected.high)]

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from pipeline.compare import clustered, statistics
 from pipeline.compare.clustered import GROUP
 from pipeline.compare.statistics import LEVEL, Floats, Interval, Spread
+from pipeline.ledger.numbers import agreed, how_many
 from pipeline.ledger.shapes import ComparedQuality
 from pipeline.ledger.values import Provenance, Value, derive, null
 from pipeline.tasks.quality import MacroF1, Mean, Quality, Ratio, Share
@@ -396,7 +397,8 @@ def _why_no_items(items: Items) -> str | None:
         return f"has {np.shape(items[short])} readings of {short!r} for {num_documents} documents"
     num_distinct = len(np.unique(items["digest"]))
     if num_distinct < num_documents:
-        return f"counts documents twice: {num_documents} readings of {num_distinct} digests"
+        digests = how_many(num_distinct, "digest")
+        return f"counts documents twice: {num_documents} readings of {digests}"
     return None
 
 
@@ -405,7 +407,10 @@ def _why_not(quality: Quality, arm: Items, base: Items, num_documents: int) -> s
     num_paired, measure, same = len(arm["digest"]), quality.measure, quality.same or "digest"
     columns = _read(quality)
     if num_paired < PAIRED_SHARE * num_documents:
-        return f"only {num_paired} of {num_documents} documents were assessed in both arms"
+        return (
+            f"only {num_paired} of {how_many(num_documents, 'document')}"
+            f" {agreed(num_paired, 'was', 'were')} assessed in both arms"
+        )
     for side, items in (("arm", arm), ("base", base)):
         missing = [name for name in columns if name not in items]
         if missing:
@@ -416,7 +421,8 @@ def _why_not(quality: Quality, arm: Items, base: Items, num_documents: int) -> s
         )
         num_bad = int((~np.isfinite(readings)).any(axis=0).sum())
         if num_bad:
-            return f"the {side} has no finite reading of {num_bad} of {num_paired} documents"
+            documents = how_many(num_paired, "document")
+            return f"the {side} has no finite reading of {num_bad} of {documents}"
     if not np.array_equal(arm[same], base[same]):
         return f"the arms count other {same} in the same documents"
     unknown = next((why for each in (arm, base) if (why := quality.why_unknown(each))), None)
@@ -489,11 +495,11 @@ def compare_items(
     counted = num_paired if groups is None else groups
     if counted < 2:
         one = (
-            f"{num_paired} document(s)"
+            how_many(num_paired, "document has", "documents have")
             if groups is None
-            else f"{num_paired} documents of one group"
+            else how_many(num_paired, "document of one group has", "documents of one group have")
         )
-        return _null(f"{one} have no spread", num_paired, margin)
+        return _null(f"{one} no spread", num_paired, margin)
     interval, needed = _compare(quality, arm, base, _Settings(level, resamples, seed, codes))
     visible = statistics.smallest_visible_damage(counted, level=level)
     # Equal in every recorded column, not only in the one compared: the same model twice.

@@ -25,7 +25,7 @@ from pipeline.compare import statistics
 from pipeline.compare.blocks import disturbances
 from pipeline.compare.quality import Items, compare_items, is_binary
 from pipeline.config.settings.policy import PolicyConfig
-from pipeline.ledger.numbers import percents_apart
+from pipeline.ledger.numbers import how_many, percents_apart
 from pipeline.ledger.shapes import CriterionRecord, Figures, Payback
 from pipeline.ledger.values import Provenance, Value, derive, null
 from pipeline.tasks.table import QUALITIES
@@ -233,10 +233,12 @@ def quality_criterion(
     low, high = read["ci"]
     outcome, why = judged(low, high, -margin), read.get("why_undecided")
     counted, what = (
-        (read["n"], "items") if made.groups is None else (made.groups, "groups of items")
+        (read["n"], ("item", "items"))
+        if made.groups is None
+        else (made.groups, ("group of items", "groups of items"))
     )
     if counted < least:
-        few = f"{counted} {what}, and the policy decides nothing on fewer than {least}"
+        few = f"{how_many(counted, *what)}, and the policy decides nothing on fewer than {least}"
         why = f"{few}; {why}" if why else few
     if why is not None:
         outcome = Outcome.INCONCLUSIVE
@@ -424,8 +426,8 @@ def training_criterion(
         1 - value.value, 1.0, arm_spread=of_arm, base_spread=of_base, level=level
     )
     why = (
-        f"spread of {spread.runs} repeated runs ({spread.source}); the candidate's {how}, the"
-        f" baseline's {how_base}"
+        f"spread of {how_many(spread.runs, 'repeated run')} ({spread.source}); the candidate's"
+        f" {how}, the baseline's {how_base}"
     )
     return replace(
         made,

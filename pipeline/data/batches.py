@@ -15,6 +15,7 @@ import torch
 from pipeline.data.encode import Encoded
 from pipeline.data.padding import Padding, pad
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import agreed, how_many
 
 IGNORE = -100  # torch's ignore_index
 OPEN_WINDOWS = 64  # of conversations, that a further one may still go into
@@ -179,13 +180,17 @@ class Packing:
         said: list[str] = []
         if self.shortened:
             said.append(
-                f"{self.shortened} of {self.conversations} conversations are longer than a window: "
-                f"the oldest {self.tokens_unread} tokens are not seen by their answers"
+                f"{self.shortened} of {how_many(self.conversations, 'conversation')}"
+                f" {agreed(self.shortened, 'is', 'are')} longer than a window: the oldest"
+                f" {how_many(self.tokens_unread, 'token is', 'tokens are')} not seen by"
+                f" {agreed(self.shortened, 'its', 'their')} answers"
             )
         if self.answers_cut:
             said.append(
-                f"{self.answers_cut} answers are longer than a window: {self.targets_cut} of their"
-                " tokens are not learnt; raise training.sequence_length"
+                f"{how_many(self.answers_cut, 'answer is', 'answers are')} longer than a window:"
+                f" {self.targets_cut} of {agreed(self.answers_cut, 'its', 'their')} tokens"
+                f" {agreed(self.targets_cut, 'is', 'are')} not learnt; raise"
+                " training.sequence_length"
             )
         return said
 

@@ -17,6 +17,7 @@ from pipeline.data.documents import SPLITS
 from pipeline.data.formats import kind_of, read_text
 from pipeline.data.split_names import listing, word_or_none
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import how_many
 
 # folders of documents without a class
 UNCLASSED = ("unsup", "unsupervised", "unlabeled", "unlabelled")
@@ -172,7 +173,7 @@ def _unread(files: Sequence[PurePath]) -> list[str]:
         counts[name] = counts.get(name, 0) + 1
     known = set(files)
     names = [
-        f"{name} ({count} files without a class)" if name not in known else str(name)
+        f"{name} ({how_many(count, 'file')} without a class)" if name not in known else str(name)
         for name, count in sorted(counts.items())
     ]
     return [f"not read: {listing(names)}"] if names else []

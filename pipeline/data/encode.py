@@ -18,17 +18,18 @@ from pipeline.data.documents import Document
 from pipeline.data.renderings import Rendering, first_words, render
 from pipeline.data.spans import Covered, Reader, utf8
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import agreed, how_many
 from pipeline.store.artifacts import key_of
 from pipeline.tasks.table import Task
 
 LEFT_OUT = {
-    "tools": "the tools of {} conversations",
-    "tool_calls": "the tool calls of {} turns",
-    "reasoning": "the reasoning of {} turns",
-    "tool": "the text of {} tool turns",
-    "system": "the text of {} system turns",
+    "tools": ("tools", "conversation"),
+    "tool_calls": ("tool calls", "turn"),
+    "reasoning": ("reasoning", "turn"),
+    "tool": ("text", "tool turn"),
+    "system": ("text", "system turn"),
 }
-"""How a note says what a chat template leaves out (`Conversation.left_out`)."""
+"""How a note says what a chat template leaves out (`Conversation.left_out`), and of what."""
 CHUNK = 256  # documents whose offsets are held at a time
 
 
@@ -111,50 +112,62 @@ class Reading:
         said: list[str] = []
         if self.unread_tokens:
             said.append(
-                f"{self.cut} of {self.documents} examples are cut: "
+                f"{self._cut_of('example')}: "
                 f"{self.unread_tokens / self.tokens:.1%} of the tokens are not read"
             )
         if self.unread_bytes:
             said.append(
-                f"{self.cut} of {self.documents} documents are cut: "
+                f"{self._cut_of('document')}: "
                 f"{self.unread_bytes / self.bytes:.1%} of the bytes are not read"
             )
         if self.rewritten:
             said.append(
-                f"the chat template rewrites earlier turns: {self.rewritten} conversations are"
-                f" learnt as {self.renderings} examples, each answer in its own rendering"
+                "the chat template rewrites earlier turns:"
+                f" {how_many(self.rewritten, 'conversation is', 'conversations are')} learnt as"
+                f" {how_many(self.renderings, 'example')}, each answer in its own rendering"
             )
         if self.asked_otherwise:
             said.append(
-                f"{self.asked_otherwise} answers follow another text than the one that the chat"
-                " template asks for an answer with"
+                f"{how_many(self.asked_otherwise, 'answer follows', 'answers follow')} another text"
+                " than the one that the chat template asks for an answer with"
             )
         if self.changed:
             said.append(
-                f"the chat template changes {self.changed} answers, or leaves parts of them out"
+                f"the chat template changes {how_many(self.changed, 'answer')}, or leaves parts of"
+                f" {agreed(self.changed, 'it', 'them')} out"
             )
         if self.left_out:
             parts = [
-                wording.format(self.left_out[what])
-                for what, wording in LEFT_OUT.items()
+                f"the {what_of} of {how_many(self.left_out[what], noun)}"
+                for what, (what_of, noun) in LEFT_OUT.items()
                 if self.left_out[what]
             ]
             said.append(f"the chat template leaves out {', '.join(parts)}")
         if self.emptied:
             said.append(
-                f"{self.emptied} assistant turns of which the chat template leaves nothing are"
-                " read, and not learnt"
+                f"{how_many(self.emptied, 'assistant turn')} of which the chat template leaves"
+                f" nothing {agreed(self.emptied, 'is', 'are')} read, and not learnt"
             )
         if self.opening_left_out:
             said.append(
-                f"{self.opening_left_out} assistant turns before the first user turn are left out:"
-                " the chat template does not take them"
+                f"{how_many(self.opening_left_out, 'assistant turn')} before the first user turn"
+                f" {agreed(self.opening_left_out, 'is', 'are')} left out: the chat template does"
+                f" not take {agreed(self.opening_left_out, 'it', 'them')}"
             )
         if self.unlearnt:
-            said.append(f"{self.unlearnt} conversations have no turn to learn and are left out")
+            said.append(
+                how_many(
+                    self.unlearnt,
+                    "conversation has no turn to learn and is left out",
+                    "conversations have no turn to learn and are left out",
+                )
+            )
         if self.chats and self.unended == self.chats:
             said.append("the chat template ends no answer with a special token: no stop is learnt")
         return said
+
+    def _cut_of(self, noun: str) -> str:
+        return f"{self.cut} of {how_many(self.documents, noun)} {agreed(self.cut, 'is', 'are')} cut"
 
 
 Numbered = Sequence[tuple[int, Document]]

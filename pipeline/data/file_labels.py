@@ -26,6 +26,7 @@ from pipeline.data.labels import (
     shortened,
 )
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import how_many
 
 CODE = re.compile(r"-?(0|[1-9]\d{0,30})")
 
@@ -88,7 +89,10 @@ def with_known_labels(
             and count
             and all(_hides(table, column, is_class=is_class) for table in parts)
         ):
-            notes.append(f"{split} is not read: its {count} rows have no labels")
+            notes.append(
+                f"{split} is not read: its"
+                f" {how_many(count, 'row has no label', 'rows have no labels')}"
+            )
         else:
             kept[split] = parts
     return kept, notes
@@ -133,14 +137,15 @@ def read_labels(
         check_classes(list(in_train), 0, key)
     check_classes(labels, len(found["train"]), key)
     notes += [
-        f"{split}: dropped {part.count(None)} documents without a label (-1)"
+        f"{split}: dropped {how_many(part.count(None), 'document')} without a label (-1)"
         for split, part in found.items()
         if None in part
     ]
     notes += _trimmed(files, column)
     if len(labels) < len(names):
         notes.append(
-            f"data.label_map makes {len(labels)} classes of {len(names)} ({shortened(names)})"
+            f"data.label_map makes {how_many(len(labels), 'class', 'classes')} of {len(names)}"
+            f" ({shortened(names)})"
         )
     index = {name: labels.index(goes_by[name]) for name in names}
     return Labels(
@@ -190,7 +195,8 @@ def one_label(row: Row, column: str, classes: tuple[str, ...] | None, key: str) 
     if not 0 <= int(name) < len(classes):
         raise UserError(
             key,
-            f"{where} has label {name}, and {len(classes)} classes are declared",
+            f"{where} has label {name}, and"
+            f" {how_many(len(classes), 'class is', 'classes are')} declared",
             "mend that row",
         )
     return classes[int(name)]
@@ -199,7 +205,8 @@ def one_label(row: Row, column: str, classes: tuple[str, ...] | None, key: str) 
 def _trimmed(files: Iterable[_File], column: str) -> list[str]:
     cells = (cell for each in files for cell in _cells(each.table, column))
     count = sum(isinstance(cell, str) and cell != cell.strip() for cell in cells)
-    return [f"{count} labels had blanks around them, which are no part of a class"] if count else []
+    said = how_many(count, "label had blanks around it", "labels had blanks around them")
+    return [f"{said}, which are no part of a class"] if count else []
 
 
 # --- one spelling --------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pipeline.data.formats import SHOWN, kind_of, refuse_special, stem_of
 from pipeline.data.split_names import Found, listing, natural, split_word, word_or_none
 from pipeline.data.trec import TEST as TREC_TEST
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import agreed, how_many
 
 # and as many sub-folders: aclImdb has 100,000 files, and a link to / has no end
 MOST_FILES = 200_000
@@ -387,7 +388,10 @@ def _check_family(split: str, members: list[_File], key: str) -> None:
             raise _two_readings(split, first, each, key)
     counts = {each.is_shard_of for each in members if each.is_shard_of is not None}
     if counts and (len(counts) > 1 or counts != {len(members)}):
-        problem = f"{first.relative} is one of {max(counts)} shards, and {len(members)} are there"
+        problem = (
+            f"{first.relative} is one of {how_many(max(counts), 'shard')}, and {len(members)}"
+            f" {agreed(len(members), 'is', 'are')} there"
+        )
         raise UserError(key, problem, "get the missing ones")
 
 

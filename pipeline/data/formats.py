@@ -26,6 +26,7 @@ from pipeline.data.json_rows import read_json, read_json_lines, split_rows
 from pipeline.data.split_names import pick_splits
 from pipeline.data.trec import read_trec
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import how_many
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -229,7 +230,9 @@ def _unzip(raw: bytes) -> bytes:
             name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name
         ]
         if len(names) != 1:
-            raise ValueError(f"it holds {len(names)} files; unpack it and give the folder")
+            raise ValueError(
+                f"it holds {how_many(len(names), 'file')}; unpack it and give the folder"
+            )
         return archive.read(names[0])
 
 

@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import how_many
 
 UNLABELLED = -1  # what public data sets write where a label is hidden
 MANY = 20  # distinct values; more of them, where they are no classes, are a quantity
@@ -40,7 +41,9 @@ def class_name(where: str, value: Any, key: str) -> str:
         return unicodedata.normalize("NFC", value.strip())
     if isinstance(value, list | dict):
         raise UserError(
-            key, f"{where} has {len(value)} labels", "one class for each document is read"
+            key,
+            f"{where} has {how_many(len(value), 'label')}",
+            "one class for each document is read",
         )
     shown = "no label" if value is None else f"label {value!r}"
     raise UserError(key, f"{where} has {shown}", "give whole numbers or names, or drop that row")
@@ -112,7 +115,8 @@ def check_classes(names: Sequence[str], num_documents: int, key: str) -> None:
         )
         raise UserError(key, problem, choose)
     if len(names) > num_documents / 2:
-        problem = f"{num_documents} documents of train have {len(names)} different labels"
+        documents = how_many(num_documents, "document of train has", "documents of train have")
+        problem = f"{documents} {how_many(len(names), 'different label')}"
         raise UserError(key, problem, choose)
 
 

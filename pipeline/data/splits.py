@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pipeline.config.settings.data import Conflicting, Shared
 from pipeline.data.documents import SPLITS, Dataset, Document
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import agreed, how_many
 
 Shares = tuple[int, int, int]
 """Of train, validation and test, in per cent."""
@@ -47,7 +48,7 @@ def drop_blanks_and_repeats(documents: Iterable[Document]) -> tuple[list[Documen
         else:
             kept[document.digest] = document
     notes = [
-        f"dropped {count} {what} documents"
+        f"dropped {how_many(count, f'{what} document')}"
         for count, what in ((blank, "blank"), (repeated, "repeated"))
         if count
     ]
@@ -73,26 +74,24 @@ def settle_conflicts(
         return list(documents), []
     example = next(document for document in documents if document.likeness in torn)
     names = [labels[label] for label in torn[example.likeness] if label is not None]
-    shown = (
-        f"{len(torn)} texts have two labels, such as {_opening(example)!r} ({' and '.join(names)})"
-    )
+    torn_said = how_many(len(torn), "text has two labels:", "texts have two labels, such as")
+    shown = f"{torn_said} {_opening(example)!r} ({' and '.join(names)})"
     if rule is Conflicting.refuse:
         raise UserError(key, shown, "keep one of them, or give data.conflicting_labels=drop")
     if rule is Conflicting.drop:
         kept = [document for document in documents if document.likeness not in torn]
         copies = len(documents) - len(kept)
         return kept, [
-            f"dropped {copies} documents: {shown}; data.conflicting_labels=keep_first keeps the"
-            " first"
+            f"dropped {how_many(copies, 'document')}: {shown}; data.conflicting_labels=keep_first"
+            " keeps the first"
         ]
     kept = [
         each
         for each in documents
         if each.likeness not in torn or each.label == torn[each.likeness][0]
     ]
-    return kept, [
-        f"dropped {len(documents) - len(kept)} documents: {shown}; the first label counts"
-    ]
+    dropped = how_many(len(documents) - len(kept), "document")
+    return kept, [f"dropped {dropped}: {shown}; the first label counts"]
 
 
 def split_of(digest: str, shares: Shares) -> str:
@@ -287,15 +286,19 @@ def _drop_shared(splits: dict[str, list[Document]], split: str, first: str, key:
     kept = [document for document in rest if document.group not in groups]
     notes: list[str] = []
     if same_text:
-        notes.append(f"{split}: dropped {len(same_text)} documents that stand in {first} too")
+        dropped = how_many(len(same_text), "document that stands", "documents that stand")
+        notes.append(f"{split}: dropped {dropped} in {first} too")
     if same_group:
         count = len({document.group for document in same_group})
+        groups_said = how_many(count, "group that stands", "groups that stand")
         notes.append(
-            f"{split}: dropped {len(same_group)} documents of {count} groups that stand in"
-            f" {first} too"
+            f"{split}: dropped {how_many(len(same_group), 'document')} of {groups_said} in {first}"
+            " too"
         )
     if splits[split] and not kept:
-        problem = f"all {len(splits[split])} documents of {split} stand in {first} too"
+        num = len(splits[split])
+        every = agreed(num, "the one document", f"all {num} documents")
+        problem = f"{every} of {split} {agreed(num, 'stands', 'stand')} in {first} too"
         remedy = (
             "give other documents"
             if split == "train"

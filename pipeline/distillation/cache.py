@@ -30,6 +30,7 @@ from torch import Tensor
 from pipeline.distillation.losses import Sparse
 from pipeline.distillation.sparse import Codec, Columns, Dense, Sampled, TopK
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.shapes import CacheFacts, CacheManifest, CacheShard
 from pipeline.store.artifacts import key_of, read_json, sync_path, write_json
 
@@ -256,8 +257,8 @@ class TeacherCache:
         if absent:
             raise _refused(
                 self._key,
-                f"the cache lacks {len(absent)} of the {len(rows)} windows of this training (the"
-                f" first: {absent[0]})",
+                f"the cache lacks {len(absent)} of the {how_many(len(rows), 'window')} of this"
+                f" training (the first: {absent[0]})",
                 "have the capture's `like` name this stage",
             )
         for row in rows.tolist():

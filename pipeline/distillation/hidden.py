@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import how_many
 
 Pairs = list[tuple[int, int]]
 """Student's and teacher's layer, from 0."""
@@ -48,9 +49,11 @@ def layer_pairs(spec: Any, num_student: int, num_teacher: int, key: str) -> Pair
         for layer in spec
     )
     if not is_fit or len(spec) != num_student:
-        problem = f"{spec!r} maps no {num_student} layers onto {num_teacher}"
+        problem = f"{spec!r} maps no {how_many(num_student, 'layer')} onto {num_teacher}"
         raise UserError(
-            key, problem, f"give last, or a list of {num_student} layers below {num_teacher}"
+            key,
+            problem,
+            f"give last, or a list of {how_many(num_student, 'layer')} below {num_teacher}",
         )
     return list(enumerate(spec))
 

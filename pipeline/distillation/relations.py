@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.ledger.devices.table import device_of
+from pipeline.ledger.numbers import how_many
 from pipeline.models.layers import layer_count, layer_stacks
 
 PROJECTIONS = (
@@ -226,7 +227,9 @@ def _layers(model: Any, key: str) -> Any:
     stacks = layer_stacks(model, layer_count(model.config))
     if len(stacks) != 1:
         raise UserError(
-            key, f"{type(model).__name__} has {len(stacks)} stacks of layers", "leave it at 0"
+            key,
+            f"{type(model).__name__} has {how_many(len(stacks), 'stack')} of layers",
+            "leave it at 0",
         )
     return stacks[0][1]
 

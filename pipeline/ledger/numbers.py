@@ -57,6 +57,22 @@ def count(n: float) -> str:
     return _trimmed(significant(n))
 
 
+def how_many(n: float | str, one: str, many: str | None = None) -> str:
+    """Return a count with what is counted: `1 run`, `3 runs`, `1 rank is left out`.
+
+    Args:
+        n: The count, or its text (`count(n)`); a text "1" is one.
+        one: What follows a one: a noun, or a clause that has one.
+        many: What follows any other count; None: `one` with an s.
+    """
+    return f"{n} {agreed(n, one, many or f'{one}s')}"
+
+
+def agreed(n: float | str, one: str, many: str) -> str:
+    """Return the word that agrees with a count: `is` with a one, `are` with any other."""
+    return one if str(n) == "1" else many
+
+
 def percent(fraction: float, *, sign: bool = False) -> str:
     """Return a fraction as a percentage: `41%`, `2.1%`, `0.04%`.
 

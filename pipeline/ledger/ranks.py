@@ -23,6 +23,7 @@ from pathlib import Path
 
 from pipeline.ledger.foreign import RANKS
 from pipeline.ledger.metrics import PHASES
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.phases import total
 from pipeline.ledger.records import LIFE, read_record
 from pipeline.ledger.shapes import LifeRecord
@@ -76,14 +77,27 @@ def read_lives(folder: Path, host: str) -> tuple[list[Life], list[str]]:
     notes: list[str] = []
     if elsewhere := len(contents) - len(here):
         notes.append(
-            f"{elsewhere} ranks reported from other hosts, or torn; they are left out: meter each"
-            " node"
+            how_many(
+                elsewhere,
+                "rank reported from another host, or torn; it is left out: meter each node",
+                "ranks reported from other hosts, or torn; they are left out: meter each node",
+            )
         )
     if broken := len(found) - len(lives):
-        notes.append(f"{broken} ranks' phases do not sum to their life; they are left out")
+        notes.append(
+            how_many(
+                broken,
+                "rank's phases do not sum to its life; it is left out",
+                "ranks' phases do not sum to their life; they are left out",
+            )
+        )
     if killed := sum(not life.ended for life in lives):
         notes.append(
-            f"{killed} ranks ended without a last word: up to 2 s of each are booked as other"
+            how_many(
+                killed,
+                "rank ended without a last word: up to 2 s of it are booked as other",
+                "ranks ended without a last word: up to 2 s of each are booked as other",
+            )
         )
     return lives, notes
 

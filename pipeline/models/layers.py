@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageFailed, UserError
+from pipeline.ledger.numbers import how_many
 from pipeline.models.load import auto_class, text_config_of
 from pipeline.models.vocabulary import probe
 from pipeline.models.weights import keep_attention, name_body
@@ -267,7 +268,8 @@ def _stack(model: PreTrainedModel, key: str) -> str:
     if len(stacks) != 1:
         raise UserError(
             key,
-            f"{type(model).__name__} has {len(stacks)} stacks of {total} layers",
+            f"{type(model).__name__} has {how_many(len(stacks), 'stack')} of"
+            f" {how_many(total, 'layer')}",
             "give student.path",
         )
     return stacks[0]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.settings.model import StudentConfig
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import how_many
 from pipeline.models.layers import COUNTS, check_layers, layer_count, per_layer, with_layers
 from pipeline.models.load import (
     auto_class,
@@ -56,9 +57,9 @@ def choose_layers(spec: Any, num_layers: int) -> list[int]:
         if len(set(chosen)) < len(chosen):
             raise UserError(key, f"{spec!r} names a layer twice", remedy)
     else:
-        raise UserError(key, f"{spec!r} fits no model of {num_layers} layers", remedy)
+        raise UserError(key, f"{spec!r} fits no model of {how_many(num_layers, 'layer')}", remedy)
     if not chosen:
-        raise UserError(key, f"{spec!r} keeps none of {num_layers} layers", remedy)
+        raise UserError(key, f"{spec!r} keeps none of {how_many(num_layers, 'layer')}", remedy)
     return chosen
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.attempted import MEANT
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.shapes import QuantizedFacts
 from pipeline.models.load import (
@@ -264,8 +265,8 @@ class Quantized:
             kept = f", kept in fp32 by the model: {left}" if self.kept_layers else ""
             return f"{self.share:.1%} of the parameters in {self.fmt.value}{kept}"
         said = (
-            f"{len(self.quantized_layers)} layers in {self.fmt.value}, {self.share:.1%} of the"
-            f" parameters, left alone: {left}"
+            f"{how_many(len(self.quantized_layers), 'layer')} in {self.fmt.value}, {self.share:.1%}"
+            f" of the parameters, left alone: {left}"
         )
         if not self.kept_experts:
             return said

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format, Prefer
 from pipeline.errors import StageFailed, UserError
-from pipeline.ledger.numbers import apart, percents_apart
+from pipeline.ledger.numbers import apart, how_many, percents_apart
 from pipeline.ledger.shapes import FormatTrial
 
 
@@ -60,7 +60,7 @@ class Trial:
         """Return the trial in words, with what decides legible: the loss beside its limit, ratios
         beside 1.
         """
-        mixed = f" but {len(self.exclude)} layers" if self.exclude else ""
+        mixed = f" but {how_many(len(self.exclude), 'layer')}" if self.exclude else ""
         loss, most = percents_apart(self.loss, tolerance)
         time, memory = (apart(ratio, 1.0)[0] for ratio in (self.time_ratio, self.memory_ratio))
         return (

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import RELATIVE
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.shapes import (
     FindingRecord,
     Judgement,
@@ -147,8 +148,8 @@ def _step(finding: FindingRecord, of: str) -> str:
     unit = _unit(finding)
     bound = f"{_percent(finding['level']):g}% bound {_percent(finding['high']):+.2f}{unit}"
     said = (
-        f"{_percent(finding['value']):+.2f}{unit} ({bound}) against {finding['releases']} earlier"
-        " releases"
+        f"{_percent(finding['value']):+.2f}{unit} ({bound}) against"
+        f" {how_many(finding['releases'], 'earlier release')}"
     )
     if finding["alarm"]:
         return f"ALARM step down in {of}: {_digest(finding['candidate'])} reads {said}"
@@ -163,7 +164,7 @@ def _drift(finding: FindingRecord, of: str) -> str:
     unit, ends = _unit(finding), [_percent(finding[name]) for name in ("low", "high")]
     said = (
         f"{_percent(finding['value']):+.2f}{unit} [{ends[0]:+.2f}, {ends[1]:+.2f}] over"
-        f" {finding['releases']} changes since {_digest(finding['since'])}, margin"
+        f" {how_many(finding['releases'], 'change')} since {_digest(finding['since'])}, margin"
         f" {_percent(finding['margin']):g}"
     )
     if finding["alarm"]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pipeline.compare import figures, statistics
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import RELATIVE
-from pipeline.ledger.numbers import count, percent, points, times
+from pipeline.ledger.numbers import count, how_many, percent, points, times
 from pipeline.ledger.shapes import Speedup
 from pipeline.report.view import Value, straddles
 from pipeline.tasks.table import QUALITIES
@@ -72,7 +72,7 @@ def amount(key: str, advantage: float) -> str:
     if key in RELATIVE:
         return percent(abs(advantage))
     text = points(abs(advantage))
-    return f"{text} point" if text == "1" else f"{text} points"
+    return how_many(text, "point")
 
 
 def signed(key: str, advantage: float) -> str:
@@ -109,9 +109,9 @@ def rests_on(quality: Value) -> str:
     """Return what a quality's interval rests on: test documents, or groups of them."""
     groups = quality.get("groups")
     return (
-        f"{quality.get('n') or 'the'} test documents"
+        how_many(quality.get("n") or "the", "test document")
         if groups is None
-        else f"{groups} groups of test documents"
+        else how_many(groups, "group of test documents", "groups of test documents")
     )
 
 
@@ -212,7 +212,6 @@ def payback_verb(payback: Value, serving: Value | None) -> str:
     """Say when an arm has paid for itself; a payback that rests on an undecided saving is said
     to.
     """
-    unit = f"{payback['unit']}s"
     if never_pays(payback) and serving is not None and straddles(serving):
         return "would not pay back if the point estimate of its saving held"
     if never_pays(payback):
@@ -220,11 +219,9 @@ def payback_verb(payback: Value, serving: Value | None) -> str:
             "never pays back"
             f" ({one_line(payback['why_missing']).partition(':')[2].strip() or 'not cheaper'})"
         )
+    units = how_many(count(payback["value"]), payback["unit"])
     if serving is not None and straddles(serving):
-        return (
-            f"would pay back after {count(payback['value'])} {unit}"
-            " if the point estimate of its saving held"
-        )
+        return f"would pay back after {units} if the point estimate of its saving held"
     if payback["value"] == 0:
         return f"pays back from the first {payback['unit']}"
-    return f"has paid for itself after {count(payback['value'])} {unit}"
+    return f"has paid for itself after {units}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.compare.selftest import POWER, TEST_ALPHA
 from pipeline.errors import one_line
-from pipeline.ledger.numbers import percent
+from pipeline.ledger.numbers import how_many, percent
 from pipeline.ledger.shapes import (
     FalseRecord,
     SelftestRecord,
@@ -21,8 +21,9 @@ def lines(result: SelftestRecord) -> list[str]:
     return [
         _answer(result),
         (
-            f"policy {one_line(policy['name'], 40)}: {policy['blocks']} blocks, {policy['looks']}"
-            f" looks, alpha {policy['alpha']:g} a side; on {one_line(device['name'], 60)}"
+            f"policy {one_line(policy['name'], 40)}: {how_many(policy['blocks'], 'block')},"
+            f" {how_many(policy['looks'], 'look')}, alpha {policy['alpha']:g} a side; on"
+            f" {one_line(device['name'], 60)}"
         ),
         *_serving(result["serving"]),
         _quality(result["quality"]),

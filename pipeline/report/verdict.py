@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import DIRECTION, RELATIVE, TASK
-from pipeline.ledger.numbers import count, duration
+from pipeline.ledger.numbers import agreed, count, duration, how_many
 from pipeline.ledger.shapes import (
     Conclusion,
     CriterionRecord,
@@ -189,7 +189,9 @@ def _payback(criterion: CriterionRecord, verdict: Judgement) -> str:
         never = str(criterion["value"]["why_missing"]).startswith("never")
         return "never pays back" if never else "payback unknown"
     return (
-        "pays back at once" if units == 0 else f"pays back after {count(units)} {verdict['unit']}s"
+        "pays back at once"
+        if units == 0
+        else f"pays back after {how_many(count(units), verdict['unit'])}"
     )
 
 
@@ -245,17 +247,20 @@ def needed_words(criterion: Mapping[str, Any], needed: int | None = None) -> str
         criterion: A criterion, or a comparison of one quality: `n`, `groups`, `available`.
         needed: Items that would decide; None: the criterion's own `needed`.
     """
-    needed = criterion["needed"] if needed is None else needed
+    number: int = criterion["needed"] if needed is None else needed
     groups, split = criterion.get("groups"), criterion.get("available")
-    what = "items" if groups is None else "groups of items"
-    said = f"{needed} {what} would decide"
+    what = ("item", "items") if groups is None else ("group of items", "groups of items")
+    said = f"{how_many(number, *what)} would decide"
     if split is None:
         return said
-    if needed > split:
+    if number > split:
         return f"{said}, and the test split has only {split}: more test data is needed"
     read = criterion["n"] if groups is None else groups
     return (
-        said if split <= read else f"{said}: the test split has {split}, of which {read} were read"
+        said
+        if split <= read
+        else f"{said}: the test split has {split}, of which {read}"
+        f" {agreed(read, 'was', 'were')} read"
     )
 
 
@@ -304,7 +309,7 @@ def _reading(criterion: CriterionRecord) -> str:
     if value is None:
         return "-"
     if criterion["name"] == "payback":
-        return f"{count(value)} {criterion['unit']}s"
+        return how_many(count(value), str(criterion["unit"]))
     symbol = "%" if _is_share_of_base(criterion["name"]) else " pt"
     decimals = _decimals(criterion)
     return f"{_signed(value, decimals)}{symbol}{_ends(criterion['ci'], decimals)}"
@@ -359,7 +364,11 @@ def counted_words(criterion: Mapping[str, Any]) -> str:
     if criterion.get("n") is None:
         return "-"
     groups = criterion.get("groups")
-    return str(criterion["n"]) if groups is None else f"{criterion['n']} in {groups} groups"
+    return (
+        str(criterion["n"])
+        if groups is None
+        else f"{criterion['n']} in {how_many(groups, 'group')}"
+    )
 
 
 def _limit(criterion: CriterionRecord) -> str:
@@ -368,7 +377,7 @@ def _limit(criterion: CriterionRecord) -> str:
     if threshold is None or not criterion["gating"]:
         return "-"
     if criterion["name"] == "payback":
-        return f"{count(threshold)} {criterion['unit']}s"
+        return how_many(count(threshold), str(criterion["unit"]))
     return _exact(threshold) + ("%" if _is_share_of_base(criterion["name"]) else " pt")
 
 

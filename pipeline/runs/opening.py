@@ -36,6 +36,7 @@ from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.foreign import nested_in
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.journal import Journal, read_events
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.placement import NOTHING_KNOWN, Grant, grant, placement
@@ -333,7 +334,7 @@ def _few_documents(run: Run, data: Dataset) -> list[str]:
     """
     have, most = len(data.splits["test"]), run.quality.max_documents
     read = have if most is None else min(have, most)
-    said = f"quality is read on {read} of {have} test documents"
+    said = f"quality is read on {read} of {how_many(have, 'test document')}"
     found = [f"{said} (quality.max_documents={most})"] if read < have else []
     if read < MIN_DOCUMENTS:
         found.append(

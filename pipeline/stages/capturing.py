@@ -37,6 +37,7 @@ from pipeline.distillation.head import TILE_BYTES, Head
 from pipeline.distillation.sparse import Codec, Columns, Dense, Sampled, TopK
 from pipeline.distillation.transform import Transform, Unknown
 from pipeline.ledger.devices.table import device_of
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.records import SHARD, read_record
 from pipeline.ledger.shapes import CacheFacts, CacheManifest, CacheShard, Shard
 from pipeline.ledger.values import measured, null
@@ -407,14 +408,14 @@ def _output(
         ),
     }
     kept = {
-        "sample": f"{manifest['draws']} draws",
+        "sample": how_many(manifest["draws"] or 0, "draw"),
         "top_k": f"the {manifest['k']} largest",
         "dense": "all logits",
     }
-    what = f"{manifest['tokens']} {'predicted tokens' if is_language else 'examples'}"
+    what = how_many(manifest["tokens"], "predicted token" if is_language else "example")
     note = (
-        f"{ctx.stage}: {what} of {manifest['windows']} windows, {kept[manifest['method']]}, "
-        f"{manifest['bytes_per_token']:.1f} bytes each"
+        f"{ctx.stage}: {what} of {how_many(manifest['windows'], 'window')},"
+        f" {kept[manifest['method']]}, {manifest['bytes_per_token']:.1f} bytes each"
     )
     seconds = sum(record["capture_ns"] for record in records) / 1e9
     counted = StepFlops(

@@ -22,6 +22,7 @@ from pipeline.config.settings.ranges import positive
 from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
 from pipeline.ledger.metrics import DIRECTION, PRIMARY
+from pipeline.ledger.numbers import agreed, how_many
 from pipeline.ledger.shapes import About
 from pipeline.stages.base import BeforeRun, is_base_shaped
 from pipeline.stages.distill_settings import DistillSettings
@@ -94,7 +95,10 @@ class PruneStage(DistillSettings):
         count = max(1, num_layers // SHARE) if self.drop is None else self.drop
         if count >= num_layers:
             raise UserError(
-                f"{key}.drop", f"{count} of {num_layers} layers leave none", "drop fewer"
+                f"{key}.drop",
+                f"{count} of {how_many(num_layers, 'layer')}"
+                f" {agreed(count, 'leaves', 'leave')} none",
+                "drop fewer",
             )
         return count
 

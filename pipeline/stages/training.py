@@ -26,6 +26,7 @@ from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.gpu_phases import GpuPhases, device_phases
 from pipeline.ledger.metrics import PRIMARY
+from pipeline.ledger.numbers import agreed, how_many
 from pipeline.ledger.shapes import About, StageTimeline
 from pipeline.ledger.traced_steps import StepTracer, step_tracer
 from pipeline.ledger.values import Value, derive, estimated, measured, null
@@ -349,13 +350,15 @@ def _start_of(stage: TrainingOverrides, ctx: Context) -> tuple[str, str]:
 def _epochs_said(settings: TrainingConfig, num_rows: int, ctx: Context) -> str | None:
     """Return how often train is read, where steps follow from epochs or do not come to one."""
     what = f"{num_rows} {ctx.run.task.kind.rows} of train"
+    steps = how_many(settings.steps, "step")
     if settings.epochs is not None:
-        return f"{settings.epochs:g} epochs of {what} are {settings.steps} steps"
+        return f"{how_many(f'{settings.epochs:g}', 'epoch of', 'epochs of')} {what} are {steps}"
     read = first_row(settings.steps, settings)
     own = ctx.run.data.path is not None or ctx.run.data.hub is not None
     if not own or read >= num_rows:
         return None
-    return f"{settings.steps} steps read {read} of {what}; training.epochs=1 reads each once"
+    verb = agreed(settings.steps, "reads", "read")
+    return f"{steps} {verb} {read} of {what}; training.epochs=1 reads each once"
 
 
 def _start(
@@ -464,8 +467,9 @@ def planned_settings(stage: TrainingOverrides, ctx: Context) -> TrainingConfig:
     why = _why_no_flops(ctx)
     if why is not None:
         ctx.say(
-            f"{ctx.stage}: {settings.steps} steps match {stage.like}'s FLOPs by the rule of thumb"
-            f" (6N, estimated), as they cannot be counted: {why}"
+            f"{ctx.stage}: {how_many(settings.steps, 'step matches', 'steps match')}"
+            f" {stage.like}'s FLOPs by the rule of thumb (6N, estimated), as they cannot be"
+            f" counted: {why}"
         )
     return settings
 

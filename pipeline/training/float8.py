@@ -21,6 +21,7 @@ import torch
 from pipeline.config.settings.precision import Precision
 from pipeline.errors import UserError
 from pipeline.ledger.devices.table import device_of
+from pipeline.ledger.numbers import agreed, how_many
 
 RECIPES = {Precision.fp8_tensorwise: "tensorwise", Precision.fp8_rowwise: "rowwise"}
 # of torch._scaled_mm, per row: Hopper
@@ -87,7 +88,8 @@ def float8_layers(
         )
         raise UserError("precision", problem, "give bf16, or lower precision.fp8_least_width")
     say(
-        f"{precision.value}: {len(wide)} layers, {len(narrow)} linear ones of the body left alone"
+        f"{precision.value}: {how_many(len(wide), 'layer')}, {len(narrow)} linear"
+        f" {agreed(len(narrow), 'one', 'ones')} of the body left alone"
         + (f" (the first is {narrow[0]})" if narrow else "")
     )
     config = dataclasses.replace(

@@ -23,6 +23,7 @@ from pipeline.errors import Exit, Unparsable, UserError, one_line
 from pipeline.ledger.charge_sources import stored_runs_facts
 from pipeline.ledger.charges import OWNER, Charge, RunFacts, charges, not_counted_twice
 from pipeline.ledger.converged import Converged, per_converged_model
+from pipeline.ledger.numbers import agreed, how_many
 from pipeline.report.chargeback import TOTAL, Line, footnotes, idle, lines, table, to_csv
 from pipeline.tracking.writer import waiting
 
@@ -171,7 +172,11 @@ def _report(settings: Settings, now_s: float) -> int:
     known, notes = _runs(settings)
     runs, inside = not_counted_twice(known)
     notes = [
-        *([f"{len(inside)} runs inside a metered run are part of it"] if inside else []),
+        *_said(
+            len(inside),
+            "run inside a metered run is part of it",
+            "runs inside a metered run are part of it",
+        ),
         *notes,
     ]
     paid = [
@@ -218,36 +223,48 @@ def _runs(settings: Settings) -> tuple[list[RunFacts], list[str]]:
             "--uri", f"the store does not answer ({text})", "see that it runs, and try again"
         ) from None
     deleted = sum(not run["active"] for run in stored)
-    notes = (
-        [f"{deleted} runs and stages were deleted in the UI; what they spent is spent"]
-        if deleted
-        else []
-    )
-    notes += [f"{num_others} runs of other programs were left out"] if num_others else []
+    notes = [
+        *_said(
+            deleted,
+            "run or stage was deleted in the UI; what it spent is spent",
+            "runs and stages were deleted in the UI; what they spent is spent",
+        ),
+        *_said(
+            num_others,
+            "run of another program was left out",
+            "runs of other programs were left out",
+        ),
+    ]
     return stored_runs_facts(stored), notes
+
+
+def _said(num: int, one: str, many: str) -> list[str]:
+    """Return the note on so many runs; none on none."""
+    return [how_many(num, one, many)] if num else []
 
 
 def _behind(root: Path) -> list[str]:
     """Return what to say where journals beside the store hold what it has not had."""
     behind = waiting(root)
-    said = (
-        f"{len(behind)} runs under {root} have more to tell than MLflow has had: python -m pipeline"
-        f" sync {root}"
-    )
-    return [said] if behind else []
+    rest = f"more to tell than MLflow has had: python -m pipeline sync {root}"
+    return _said(len(behind), f"run under {root} has {rest}", f"runs under {root} have {rest}")
 
 
 def _notes(runs: Sequence[RunFacts]) -> list[str]:
     silent = sum(run.total_h is None for run in runs)
     more = sum((run.rest_h or 0.0) < -1e-6 for run in runs)
     return [
-        *(
-            [f"{silent} runs do not say what they took outside of stages: a lower bound"]
-            if silent
-            else []
+        *_said(
+            silent,
+            "run does not say what it took outside of stages: a lower bound",
+            "runs do not say what they took outside of stages: a lower bound",
         ),
         *(
-            [f"the stages of {more} runs hold more than the run took: their stages are counted"]
+            [
+                f"the stages of {how_many(more, 'run')} hold more than"
+                f" {agreed(more, 'it', 'they')} took: {agreed(more, 'its', 'their')} stages are"
+                " counted"
+            ]
             if more
             else []
         ),

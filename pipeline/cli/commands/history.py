@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError, one_line
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.shapes import VerdictHistory
 
 USAGE = """Usage: python -m pipeline history [options]
@@ -144,8 +145,8 @@ def _show(settings: Settings, histories: Sequence[VerdictHistory]) -> int:
         for history in histories:
             shown, total = len(history["releases"]), history["of"]
             print(
-                f"{one_line(history['model'] or NO_MODEL, 100)}: {shown} of {total} releases, the"
-                " newest last\n"
+                f"{one_line(history['model'] or NO_MODEL, 100)}: {shown} of"
+                f" {how_many(total, 'release')}, the newest last\n"
             )
             print(
                 "\n".join(

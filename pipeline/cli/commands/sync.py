@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from pipeline.config.redaction import clean_output
+from pipeline.ledger.numbers import how_many
 from pipeline.store.waiting import waiting_for
 from pipeline.tracking.writer import FOLLOW, JOURNAL, NOW, Undelivered, deliver_run, follow
 
@@ -39,7 +40,8 @@ def main(argv: list[str], _started_ns: int = 0) -> int:
     failed = False
     for folder in folders:
         try:
-            print(f"{folder.name}: {deliver_run(folder, look_again=True)} events delivered")
+            delivered = deliver_run(folder, look_again=True)
+            print(f"{folder.name}: {how_many(delivered, 'event')} delivered")
         except Undelivered as problem:
             failed = True
             print(f"{folder.name}: {problem}; the journal keeps everything", file=sys.stderr)

@@ -29,6 +29,7 @@ from pipeline.errors import StageFailed, UserError
 from pipeline.evaluation.quality.scoring import score_causal, score_examples
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.metrics import PRIMARY, TASK
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.shapes import Quality, QualityFigure
 from pipeline.ledger.values import measured, null
@@ -252,7 +253,8 @@ def _check_finite(folder: Path, model: Any, readings: np.ndarray) -> None:
         name = first_not_finite(model)
         why = "" if name is None else f": the weights {name} are not"
         raise StageFailed(
-            f"{folder}: outputs are not finite on {num_bad} of {len(readings)} test documents{why}"
+            f"{folder}: outputs are not finite on {num_bad} of"
+            f" {how_many(len(readings), 'test document')}{why}"
         )
 
 
@@ -277,7 +279,7 @@ def _agreement(
     teacher = np.load(teacher_predictions)
     if len(teacher) != len(predictions):
         return (
-            f"the teacher has {len(teacher)} predictions on these documents, not"
+            f"the teacher has {how_many(len(teacher), 'prediction')} on these documents, not"
             f" {len(predictions)}: other tokens"
         )
     equal = predictions == teacher

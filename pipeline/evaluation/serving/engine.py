@@ -17,6 +17,7 @@ from pipeline.config.settings.ranges import MAX_WHOLE
 from pipeline.config.settings.run import Run
 from pipeline.config.text_files import read_text_file
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.values import Value, declared
 
 KEY = "serving.results"
@@ -117,7 +118,7 @@ def read_result(path: Path, key: str) -> EngineResult:
         )
     words = [str(path), *(f"{name} {raw[name]}" for name in ("model_id", "date") if raw.get(name))]
     failed = _number(raw, "failed")
-    words += [f"{failed} requests failed"] if failed else []
+    words += [f"{how_many(failed, 'request')} failed"] if failed else []
     return EngineResult(figures, ", ".join(words))
 
 

@@ -32,6 +32,7 @@ from pipeline.data.encode import Encoded, encode_all
 from pipeline.evaluation.quality.assess import choose_documents
 from pipeline.evaluation.quality.scoring import score_causal
 from pipeline.ledger.devices.table import device_of
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.shapes import VllmRecord
 from pipeline.models.load import load_config, load_model, load_tokenizer, positions, quantized_by
@@ -104,7 +105,7 @@ class Checked:
         return (
             f"vLLM: ran ({self.version}:{verdict} {self.vllm:.4f} nats a token, {self.here:.4f}"
             f" here, {self.vllm - self.here:+.4f} where {self.tolerance} is allowed;"
-            f" {self.documents} documents)"
+            f" {how_many(self.documents, 'document')})"
         )
 
 

@@ -24,6 +24,7 @@ from pipeline.ledger import metrics
 from pipeline.ledger.booking import Booking, Span, Window, book, run_hours
 from pipeline.ledger.foreign import ENV, RANKS, nested_in
 from pipeline.ledger.journal import Journal, read_events
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.placement import Grant, grant
 from pipeline.ledger.ranks import read_lives, restarts
 from pipeline.ledger.run_cost import run_cost
@@ -150,7 +151,10 @@ class MeteredRun:
         row = make_row(self.start, facts, lives)
         again = restarts(lives)
         said += (
-            [f"ranks were started again {again} times: counts include what was replayed"]
+            [
+                f"ranks were started again {how_many(again, 'time')}: counts include what was"
+                " replayed"
+            ]
             if again
             else []
         )
