@@ -219,6 +219,46 @@ def test_a_group_is_no_value(compose: Any, arg: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ('seeds: "0,1"', "seeds: '0,1' is no list (in {}); give whole numbers in brackets: [1,8]"),
+        (
+            "compare: [null]",
+            "compare: null is nothing that this list holds (in {}); give [] for none, or pairs:"
+            " [{{arm: ..., base: ..., on: [...]}}]",
+        ),
+    ],
+)
+def test_a_list_of_a_recipe_that_is_none(
+    compose: Any, tmp_path: Path, setting: str, said: str
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"# Q?\ndefaults: [baseline]\n{setting}\n")
+    assert compose("--recipe-dir", str(tmp_path), "recipe=mine") == said.format(recipe)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["metre", "--", "x"], "meter"),
+        (["charge-back"], "chargeback"),
+        (["histroy", "--root", "x"], "history"),
+        (["distil", "seed=1"], "recipe=distill"),
+    ],
+)
+def test_a_command_that_is_misspelt(compose: Any, words: list[str], meant: str) -> None:
+    said = compose(*words, code=2)
+    assert said == (
+        f"{words[0]}: is no command and no setting; did you mean python -m pipeline {meant}?"
+    )
+
+
+@pytest.mark.parametrize("word", ["x", "training.steps=3", "distill", "seed"])
+def test_a_word_that_is_near_no_command(compose: Any, word: str) -> None:
+    assert "is no command" not in compose(word, code=1 if "=" in word else 2)
+
+
+@pytest.mark.parametrize(
     ("arg", "said"),
     [
         ("seeds=0,1,2", "'seeds=[0,1,2]'"),
@@ -226,6 +266,12 @@ def test_a_group_is_no_value(compose: Any, arg: str) -> None:
         ("seeds=5", "'seeds=[5]'"),
         ("serving.batches=1,8", "'serving.batches=[1,8]'"),
         ("quality.tasks=a.yaml", "'quality.tasks=[a.yaml]'"),
+        ("compare=null", "'null' is no list; give [] for none, or pairs: [{arm: ..., base: ..."),
+        ("compare=1", "'1' is no list; give [] for none, or pairs: ["),
+        ("compare=[null]", "null is nothing that this list holds; give [] for none, or pairs: ["),
+        ("compare=[x]", "'x' is nothing that this list holds; give [] for none, or pairs: ["),
+        ("seeds=[null]", "null is nothing that this list holds; give whole numbers in brackets"),
+        ("quality.tasks=null", "'null' is no list; give texts in brackets: [a,b]"),
     ],
 )
 def test_a_list_without_its_brackets(compose: Any, arg: str, said: str) -> None:

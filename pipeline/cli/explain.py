@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -62,14 +63,21 @@ def _of_a_list(error: Exception, args: list[str]) -> UserError | None:
 
 
 def _listed(key: str, value: str) -> str:
-    word, names = as_list(key, value.strip(" '\"[]")), choices(key)
-    if word is None:
-        return (
-            f"give, in brackets, some of {', '.join(names)}"
-            if names
-            else "give whole numbers in brackets: [1,8]"
-        )
-    return f"write the brackets, quoted for the shell: {word}"
+    is_plain = not is_dataclass(item_type(key)) and value != "null"
+    word = as_list(key, value.strip(" '\"[]")) if is_plain else None
+    return (
+        _list_wanted(key) if word is None else f"write the brackets, quoted for the shell: {word}"
+    )
+
+
+def _list_wanted(key: str) -> str:
+    """Return what a setting that is a list takes, as a remedy."""
+    if is_dataclass(item_type(key)):
+        return "give [] for none, or pairs: [{arm: ..., base: ..., on: [...]}]"
+    if names := choices(key):
+        return f"give, in brackets, some of {', '.join(names)}"
+    is_text = item_type(key) is str
+    return "give texts in brackets: [a,b]" if is_text else "give whole numbers in brackets: [1,8]"
 
 
 def _of_a_group(args: list[str]) -> UserError | None:
@@ -185,6 +193,12 @@ def _wrong_type(key: str, problem: str, given: str) -> UserError:
         return UserError(key, f"{given!r} is not {kind}", f"give {kind}")
     if "is not a valid bool" in problem:
         return UserError(key, f"{given!r} is not {KINDS['Boolean']}", f"give {KINDS['Boolean']}")
+    if item_type(key) and "is not a ListConfig" in problem:
+        return UserError(key, f"{given!r} is no list", _list_wanted(key))
+    if item_type(key) and "is not a subclass of" in problem:
+        item = problem.rpartition("value: ")[2]
+        item = "null" if item == "None" else repr(item)
+        return UserError(key, f"{item} is nothing that this list holds", _list_wanted(key))
     if problem.endswith("is not Optional"):
         return UserError(key, "null is no value for it", f"leave {key} out, or give a value")
     return UserError(key, problem, "give a value of that type")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli.arguments import check_words, elsewhere, for_hydra
+from pipeline.cli.commands import COMMANDS
 from pipeline.cli.recipes import (
     Recipe,
     config_dir,
@@ -141,6 +142,7 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
         if "--help" in rest or "-h" in rest:
             print(HELP.format(recipes=_recipe_list(recipes)))
             return Exit.DONE
+        _check_command(rest, recipes)
         flags, settings = _apart(rest)
         _check_overrides(flags, settings, recipes)
         choices = find_choices(folders["--config-dir"])
@@ -194,6 +196,23 @@ def _take_folders(argv: list[str]) -> tuple[dict[str, list[Path]], list[str]]:
             raise UserError(flag, "names no folder", "add one")
         folders[FOLDERS[flag]].append(Path(os.path.expanduser(folder)))
     return folders, rest
+
+
+def _check_command(args: list[str], recipes: dict[str, Recipe]) -> None:
+    """Refuse a first word that is nearly the name of a command or a recipe, and say which.
+
+    Raises:
+        Unparsable: With what was meant.
+    """
+    word, after = args[0], args[1] if len(args) > 1 else ""
+    if word in recipes or not re.fullmatch(r"[a-z][\w-]*", word) or after.startswith("="):
+        return
+    near = difflib.get_close_matches(word, [*COMMANDS, *recipes], n=1, cutoff=0.6)
+    if near:
+        meant = near[0] if near[0] in COMMANDS else f"recipe={near[0]}"
+        raise Unparsable(
+            word, "is no command and no setting", f"did you mean python -m pipeline {meant}?"
+        )
 
 
 def _apart(args: list[str]) -> tuple[list[str], list[str]]:
