@@ -242,6 +242,20 @@ def test_a_comparison_pass_that_was_taken_over_is_reused_too() -> None:
     }
 
 
+def test_a_group_that_stands_twice_is_explained(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(root, "run-1", [a_row(rate=3.0)], rate=3.0)
+    report(root)
+    assert "more than one line" not in capsys.readouterr().out
+    write_run(root, "run-2", [a_row()], at=NOON + DAY)
+    report(root)
+    assert (
+        "- vision stands on more than one line: each currency has one, and so have hours without a"
+        " rate\n"
+    ) in capsys.readouterr().out
+
+
 def test_a_reused_stage_is_not_counted_twice(root: Path) -> None:
     write_run(root, "run-1", [a_row(rate=3.0)], rate=3.0)
     write_run(

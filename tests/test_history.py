@@ -7,8 +7,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from make_result import make_run
 
 from pipeline.cli.commands.history import main
 from pipeline.compare.history import (
+    Finding,
     Judged,
     between_variance,
     champions,
@@ -33,7 +35,7 @@ from pipeline.compare.history import (
 from pipeline.compare.statistics import abba_saving, look_alpha
 from pipeline.gate.history import as_json, history_of, of_verdict
 from pipeline.ledger.journal import Journal
-from pipeline.report.history import recent, to_csv
+from pipeline.report.history import alarms, recent, remarks, to_csv
 from pipeline.report.verdict import verdict_section
 from pipeline.store.verdicts import as_recorded, checksum
 from pipeline.tracking.deliver import deliver
@@ -566,7 +568,10 @@ def test_the_command_lists_models_and_ends_with_3_on_an_alarm_only_where_asked(
     code, out, _ = run(*args, "--last", "2", capsys=capsys)
     assert code == 0
     assert out.startswith("m: 2 of 5 releases, the newest last\n")
-    assert "- ALARM step down in serving: 00000000 reads -" in out
+    alarm = (
+        r"- ALARM: serving has stepped down: candidate 00000000 reads -\S+% against the mean of 4"
+    )
+    assert re.search(rf"{alarm} earlier releases \(\d+% bound -\S+%\)\n", out)
     assert "look 1, given again 1x" in out
     assert "no step down in bits per byte: " in out
     assert run(*args, "--fail-on-alarm", capsys=capsys)[0] == 3
@@ -576,6 +581,34 @@ def test_the_command_lists_models_and_ends_with_3_on_an_alarm_only_where_asked(
     assert [float(row["serving_saving"]) for row in rows] == pytest.approx(
         [0.201, 0.202, 0.203, 0.204, 0.02]
     )
+
+
+def test_a_drift_is_a_sentence() -> None:
+    told = Finding(
+        kind="drift",
+        of="quality/bits_per_byte",
+        alarm=True,
+        value=-0.02,
+        low=-0.03,
+        high=-0.01,
+        level=0.9,
+        margin=0.01,
+        releases=1,
+        since="c1c1c1c1c1",
+        candidate="c2",
+        shown=False,
+    )
+    history: Any = {"findings": [asdict(told)]}
+    reads = "the champion reads -2.00% [-3.00, -1.00] against c1c1c1c1, 1 change ago, where a loss"
+    assert alarms(history) == [
+        f"ALARM: bits per byte has drifted: {reads} of 1% is allowed; judge the next release"
+        " against that one: baseline=c1c1c1c1c1"
+    ]
+    history = {"findings": [asdict(replace(told, alarm=False, releases=2))]}
+    (said,) = remarks(history)
+    assert said.startswith("no drift in bits per byte: the champion reads -2.00% ")
+    assert "2 changes ago" in said
+    assert said.endswith("; a loss beyond it is not excluded")
 
 
 def test_hostile_names_reach_neither_terminal_nor_spreadsheet_nor_markdown(

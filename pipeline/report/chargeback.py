@@ -11,13 +11,14 @@ import csv
 import io
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import one_line
 from pipeline.ledger.charges import OUTSIDE, Charge, known_waste_h
 from pipeline.ledger.cost import JOULES_PER_KWH
-from pipeline.ledger.numbers import percent
+from pipeline.ledger.numbers import agreed, percent
 from pipeline.report.text import pad, shorten
 
 TOTAL, IDLE = "total", "idle capacity"
@@ -51,6 +52,7 @@ _HEAD = (
     "reused h",
 )
 _NAME_WIDTH = 28
+SHOWN = 5  # groups that a footnote names
 _FORMULA = (
     "=",
     "+",
@@ -279,7 +281,24 @@ def footnotes(found: Sequence[Line]) -> list[str]:
     )
     no_gpu_h = math.fsum(line.device_h for line in every if line.gpu_h is None)
     said.append((no_gpu_h, "are on no GPU, or of runs that do not say: GPU-h -"))
-    return [f"{_hours(hours)} device-hours {text}" for hours, text in said if hours > 0]
+    return [
+        *(f"{_hours(hours)} device-hours {text}" for hours, text in said if hours > 0),
+        *_several_lines(found),
+    ]
+
+
+def _several_lines(found: Sequence[Line]) -> list[str]:
+    """Say why a group has more than one line of one device: money is added in one currency."""
+    times = Counter((line.group, line.device) for line in found if line.kind == "group")
+    groups = list(dict.fromkeys(one_line(group, 60) for (group, _), n in times.items() if n > 1))
+    if not groups:
+        return []
+    named = ", ".join(groups[:SHOWN]) + (f" and {len(groups) - SHOWN} more" * (len(groups) > SHOWN))
+    stands = agreed(len(groups), "stands", "stand")
+    return [
+        f"{named} {stands} on more than one line: each currency has one, and so have hours without"
+        " a rate"
+    ]
 
 
 # -- CSV ------------------------------------------------------------------------------------------

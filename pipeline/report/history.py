@@ -146,13 +146,14 @@ def _step(finding: FindingRecord, of: str) -> str:
     if finding["why"]:
         return f"no step in {of} can be judged: {one_line(finding['why'], 200)}"
     unit = _unit(finding)
-    bound = f"{_percent(finding['level']):g}% bound {_percent(finding['high']):+.2f}{unit}"
     said = (
-        f"{_percent(finding['value']):+.2f}{unit} ({bound}) against"
+        f"candidate {_digest(finding['candidate'])} reads"
+        f" {_percent(finding['value']):+.2f}{unit} against the mean of"
         f" {how_many(finding['releases'], 'earlier release')}"
+        f" ({_percent(finding['level']):g}% bound {_percent(finding['high']):+.2f}{unit})"
     )
     if finding["alarm"]:
-        return f"ALARM step down in {of}: {_digest(finding['candidate'])} reads {said}"
+        return f"ALARM: {of} has stepped down: {said}"
     return f"no step down in {of}: {said}"
 
 
@@ -163,13 +164,14 @@ def _drift(finding: FindingRecord, of: str) -> str:
         return f"no drift in {of}: the newest champion is the best"
     unit, ends = _unit(finding), [_percent(finding[name]) for name in ("low", "high")]
     said = (
-        f"{_percent(finding['value']):+.2f}{unit} [{ends[0]:+.2f}, {ends[1]:+.2f}] over"
-        f" {how_many(finding['releases'], 'change')} since {_digest(finding['since'])}, margin"
-        f" {_percent(finding['margin']):g}"
+        f"the champion reads {_percent(finding['value']):+.2f}{unit} [{ends[0]:+.2f},"
+        f" {ends[1]:+.2f}] against {_digest(finding['since'])},"
+        f" {how_many(finding['releases'], 'change')} ago, where a loss of"
+        f" {_percent(finding['margin']):g}{unit} is allowed"
     )
     if finding["alarm"]:
         return (
-            f"ALARM drift in {of}: {said}; judge it against that one:"
+            f"ALARM: {of} has drifted: {said}; judge the next release against that one:"
             f" baseline={one_line(finding['since'], 32)}"
         )
     return f"no drift in {of}: {said}" + (
