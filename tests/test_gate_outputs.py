@@ -53,6 +53,7 @@ NOT_COMPARED = replace(
     accuracy(), outcome=Outcome.INVALID, value=null("other data"), ci=None, why="other data: a, b"
 )
 FEW = accuracy(-0.004, (-0.03, 0.02), outcome=Outcome.INCONCLUSIVE, needed=4000)
+OPEN_SERVING = serving(0.04, (-0.1, 0.2), outcome=Outcome.INCONCLUSIVE)
 DEARER = serving(-0.1, (-0.15, -0.05), outcome=Outcome.FAIL)
 
 
@@ -177,9 +178,22 @@ def test_the_section_shows_every_criterion_and_both_sides() -> None:
 @pytest.mark.parametrize(
     ("verdict", "said"),
     [
-        (make_verdict(serving(), FEW), "4000 items would decide. No further look would help"),
         (
-            make_verdict(serving(0.04, (-0.1, 0.2), outcome=Outcome.INCONCLUSIVE), accuracy()),
+            make_verdict(serving(), FEW),
+            "4000 items would decide. No further look would help: give more test data, or another"
+            " candidate.",
+        ),
+        (
+            make_verdict(OPEN_SERVING, accuracy(), look=2),
+            "No further look would help: give a policy with more policy.blocks, or another"
+            " candidate.",
+        ),
+        (
+            make_verdict(OPEN_SERVING, FEW, look=2),
+            "help: give more test data, a policy with more policy.blocks, or another candidate.",
+        ),
+        (
+            make_verdict(OPEN_SERVING, accuracy()),
             "Look 1 of 2: the same command again measures as many blocks more.",
         ),
         (

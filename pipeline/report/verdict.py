@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from pipeline.errors import one_line
@@ -300,7 +300,19 @@ def _next(verdict: ShownVerdict) -> list[str]:
             f"Look {verdict['look']} of {verdict['looks']}: the same command again measures as many"
             " blocks more."
         ]
-    return ["No further look would help: give more data, or another candidate."]
+    return [f"No further look would help: give {_what_would_decide(names)}."]
+
+
+def _what_would_decide(undecided: Collection[str]) -> str:
+    """Return what to give where the looks are used up, by the criteria that are undecided."""
+    ways = [
+        ("more test data", any(name.startswith("quality/") for name in undecided)),
+        ("a policy with more policy.blocks", bool({"serving", "energy", "payback"} & {*undecided})),
+        ("repeated runs of one training (selftest train=...)", "training" in undecided),
+        ("another candidate", True),
+    ]
+    *first, last = [way for way, is_fit in ways if is_fit]
+    return f"{', '.join(first)}, or {last}" if first else last
 
 
 def _reading(criterion: CriterionRecord) -> str:
