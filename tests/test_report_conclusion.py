@@ -326,9 +326,9 @@ def test_every_comparison_is_an_answer_of_its_own_with_its_base() -> None:
 
 
 def test_without_anything_to_compare_the_primary_arm_is_stated() -> None:
-    assert _with("quantize", make_pair("int8", "reference")).startswith(
-        "int8 reaches 2.200 bits per byte"
-    )
+    said = conclude(make_result("quantize", comparisons=[make_pair("int8", "reference")]))
+    assert said["verdict"].startswith("int8 reaches 2.200 bits per byte (95% interval ")
+    assert said["answers"][0].startswith("It took ")
     text = _with(
         "quantize", rows=[make_row("reference"), make_unfinished("int8", "FAILED", "no kernel")]
     )
@@ -337,12 +337,41 @@ def test_without_anything_to_compare_the_primary_arm_is_stated() -> None:
 
 def test_baseline_states_cost_and_quality() -> None:
     said = conclude(make_result("baseline"))
-    assert said["verdict"] == "The model reaches 2.200 bits per byte."
+    assert said["verdict"] == (
+        "The model reaches 2.200 bits per byte (95% interval 2.180 to 2.220) on the test split."
+    )
     assert said["answers"] == [
-        "The model reaches 2.200 bits per byte (95% interval 2.180 to 2.220) on the test split.",
         "It took 12.0 min of device time on 1 CPU host and 410 k tokens of training.",
         "One seed.",
     ]
+
+
+def _pruned(**changes: Any) -> dict[str, Any]:
+    """Return a result of a pruned model beside its control; `changes` are of its row."""
+    inputs = {"model": "reference", "teacher": "reference"}
+    rows = [
+        make_row("reference"),
+        make_row("pruned", inputs=inputs, **{"word": "pruned model", **changes}),
+        make_row("longer"),
+    ]
+    pairs = [
+        make_pair("pruned", "longer", quality=make_quality(0.001, "equal"))
+        | {"base_is": "compute_control"},
+        make_pair("pruned", "reference", serving=make_saving(0.3)) | {"base_is": "teacher"},
+    ]
+    return make_result("distill", primary_arm="pruned", rows=rows, comparisons=pairs)
+
+
+def test_an_arm_is_called_by_the_word_of_its_own_stage() -> None:
+    said = conclude(_pruned())
+    assert said["verdict"].startswith("The pruned model serves 30% cheaper than its teacher")
+    assert said["answers"][0].startswith(
+        "Against the control with equal compute, the pruned model keeps the quality within"
+    )
+    assert "student" not in str(said)
+    assert "istill" not in str(said)
+    # a result of a release that recorded no such word
+    assert "the distilled student" in str(conclude(_pruned(word=None)))
 
 
 def test_baseline_with_nulls_gives_their_reasons() -> None:

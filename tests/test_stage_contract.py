@@ -272,6 +272,8 @@ def test_pruning_drops_the_layers_that_validation_misses_least(
     assert sorted(map(int, found["trials"][0])) == [0, 1, 2, 3]
     assert str(found["dropped"][0]) not in found["trials"][1]
     assert row["ledger"]["phases_ns"]["search"] > 0  # the trials are charged to it
+    assert row["word"] == "pruned model"
+    assert "student" not in str(result["conclusion"])
 
 
 def test_pruning_is_in_the_report_and_compared(pruned: tuple[Path, dict[str, Any]]) -> None:

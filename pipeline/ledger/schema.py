@@ -193,6 +193,7 @@ _ROW: Schema = {
         "depends_on": {"type": "array", "items": {"type": "string"}},
         "inputs": {"type": "object", "additionalProperties": {"type": "string"}},
         "makes": {"type": "string"},
+        "word": {"type": ["string", "null"]},
         "control": {
             "oneOf": [
                 {"type": "null"},

@@ -267,6 +267,7 @@ class Row(TypedDict):
     depends_on: list[str]
     inputs: NotRequired[dict[str, str]]
     makes: NotRequired[str]
+    word: NotRequired[str | None]
     control: NotRequired[ControlRecord | None]
     artifact: ArtifactRecord | None
     ledger: LedgerRecord

@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from pipeline.config.arms import is_fallback, stage_name
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import RELATIVE
-from pipeline.ledger.numbers import count, duration, percent, significant
+from pipeline.ledger.numbers import count, duration, percent
 from pipeline.ledger.shapes import Conclusion, Pair, Result, Row
 from pipeline.report.headline import (
     figure_of,
     is_kept,
     is_null,
+    reaches,
     share_of,
     stays_as_it_is,
     verdict_of,
 )
 from pipeline.report.phrases import (
-    ARM_INTERVAL,
     QUALITY_WORDS,
     amount,
     answer,
@@ -42,7 +42,7 @@ from pipeline.report.phrases import (
     signed,
     training_verb,
 )
-from pipeline.report.roles import CONTROLS, arm_name, arm_word, base_words, subject
+from pipeline.report.roles import CONTROLS, arm_name, arm_word, base_words, own_word, subject
 from pipeline.report.verdict import release_conclusion
 from pipeline.report.view import (
     NOT_RECORDED,
@@ -144,7 +144,7 @@ def _verbs(result: Result, pair: Pair) -> list[str]:
         figure = figure_of(pair, measure)
         if measure not in pair["on"] or figure is None or is_null(figure, measure):
             continue
-        if measure == "quality" and pair.get("base_is") not in CONTROLS:
+        if measure == "quality" and not _shows_distillation(result, pair):
             verbs.append(quality_verb(primary_of(pair) or "", figure))
         elif measure == "training":
             verbs.append(training_verb(figure, _charged_too(result, pair)))
@@ -211,13 +211,20 @@ def _new_spend(figure: Value) -> str:
 
 
 # -- the controls of distillation -----------------------------------------------------------------
+def _shows_distillation(result: Result, pair: Pair) -> bool:
+    """Tell whether a base is a control of distillation alone: its arm is called by no word of its
+    own stage, which would have changed something else as well.
+    """
+    return pair.get("base_is") in CONTROLS and not own_word(result, pair["arm"])
+
+
 def _control_sentence(result: Result, pair: Pair) -> list[str]:
     """Return the sentence on quality against one of the two controls, or none for other bases and
     for nulls.
     """
     key, quality = primary_of(pair), figure_of(pair, "quality")
     if (
-        pair.get("base_is") not in CONTROLS
+        not _shows_distillation(result, pair)
         or "quality" not in pair["on"]
         or key is None
         or is_null(quality, "quality")
@@ -295,27 +302,21 @@ def _cost_and_quality(result: Result) -> list[str]:
     row = finished_row(result, arm)
     if row is None:
         return [f"{subject(result, arm)}: not measurable here: it {why_missing(result, arm)}"]
+    return [*_quality_level(result, row), _cost(row, result)]
+
+
+def _quality_level(result: Result, row: Row) -> list[str]:
+    """Return the quality that an arm reaches, or why it is not known; nothing where the verdict
+    line says it.
+    """
     key = primary_key(result)
-    return [
-        f"{subject(result, row['arm'])} {_quality_level(key, row['quality'].get(key))}",
-        _cost(row, result),
-    ]
-
-
-def _quality_level(key: str, quality: Value | None) -> str:
-    words = QUALITY_WORDS[key]
+    quality = row["quality"].get(key)
     if quality is None or quality["value"] is None:
-        return (
-            f"has no {words}: not measurable here:"
-            f" {one_line(quality['why_missing']) if quality else NOT_RECORDED}"
-        )
-    bounds = quality["ci"]
-    ends = (
-        f" ({ARM_INTERVAL} {significant(bounds[0], 4)} to {significant(bounds[1], 4)})"
-        if bounds
-        else ""
-    )
-    return f"reaches {significant(quality['value'], 4)} {words}{ends} on the test split"
+        why = one_line(quality["why_missing"]) if quality else NOT_RECORDED
+        words = QUALITY_WORDS[key]
+        return [f"{subject(result, row['arm'])} has no {words}: not measurable here: {why}"]
+    said = f"{subject(result, row['arm'])} {reaches(key, quality)}"
+    return [] if verdict_of(result).casefold() == f"{said}.".casefold() else [said]
 
 
 def _cost(row: Row, result: Result) -> str:

@@ -10,7 +10,14 @@ from pipeline.config.arms import BEST_16_BIT
 from pipeline.errors import one_line
 from pipeline.ledger.numbers import percent, significant, times
 from pipeline.ledger.shapes import Pair, Result, Row
-from pipeline.report.phrases import CHEAPER_AS_RATIO, QUALITY_WORDS, answer, difference, never_pays
+from pipeline.report.phrases import (
+    ARM_INTERVAL,
+    CHEAPER_AS_RATIO,
+    QUALITY_WORDS,
+    answer,
+    difference,
+    never_pays,
+)
 from pipeline.report.roles import CONTROLS, base_words, subject
 from pipeline.report.view import (
     Value,
@@ -53,7 +60,7 @@ def _level(result: Result) -> str:
     who = subject(result, result["primary_arm"])
     if quality is None or quality["value"] is None:
         return f"{who} is trained, but its {QUALITY_WORDS[key]} could not be measured"
-    return f"{who} reaches {significant(quality['value'], 4)} {QUALITY_WORDS[key]}"
+    return f"{who} {reaches(key, quality)}"
 
 
 def _compared(result: Result, pairs: list[Pair], there: list[Pair]) -> str:
@@ -222,6 +229,14 @@ def figure_of(pair: Pair, measure: str) -> Value | None:
         return pair[measure]
     key = primary_of(pair)
     return None if key is None else pair["quality"][key]
+
+
+def reaches(key: str, quality: Value) -> str:
+    """Say which quality an arm reaches by itself, with its interval."""
+    ends = [significant(bound, 4) for bound in quality["ci"] or ()]
+    spread = f" ({ARM_INTERVAL} {ends[0]} to {ends[1]})" if ends else ""
+    level = significant(quality["value"], 4)
+    return f"reaches {level} {QUALITY_WORDS[key]}{spread} on the test split"
 
 
 def is_null(figure: Value | None, measure: str) -> bool:

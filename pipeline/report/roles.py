@@ -1,6 +1,7 @@
 """Words for arms: by the role an arm alone has in a run, else by its name.
 
-A role is what stages were given and what comparisons say of their bases. It never follows from what
+A role is what a stage says of its models, what stages were given and what comparisons say of their
+bases. It never follows from what
 an arm is called, so a recipe with other names for its arms is reported in the same words.
 """
 
@@ -29,12 +30,15 @@ def role_word(result: Result, arm: str) -> str | None:
 def _roles(result: Result) -> Iterator[tuple[str, set[str]]]:
     """Yield every role with the arms that have it; where an arm has two, the first one names it."""
     rows = [row for row in result["rows"] if not is_fallback(row["arm"])]
+    words = {row["arm"]: word for row in rows if (word := row.get("word"))}
+    for word in dict.fromkeys(words.values()):
+        yield word, {arm for arm, each in words.items() if each == word}
     taught = {
         row["arm"]: row.get("inputs", {})["teacher"]
         for row in rows
         if "teacher" in row.get("inputs", {}) and row.get("makes") == "model"
     }
-    yield "student", set(taught)
+    yield "student", set(taught) - set(words)
     yield "teacher", set(taught.values())
     yield "teacher cache", {row["arm"] for row in rows if row.get("makes") == "teacher_cache"}
     for base_is, word in CONTROLS.items():
@@ -42,6 +46,13 @@ def _roles(result: Result) -> Iterator[tuple[str, set[str]]]:
     yield "unquantized model", _bases(result, "source")
     yield "given model", {BASE}
     yield "model", {row["arm"] for row in rows} | {result["primary_arm"]}
+
+
+def own_word(result: Result, arm: str) -> str | None:
+    """Return what the stage that made an arm calls its models, where that is no role of a run's."""
+    return next(
+        (word for row in result["rows"] if row["arm"] == arm and (word := row.get("word"))), None
+    )
 
 
 def _bases(result: Result, base_is: str) -> set[str]:

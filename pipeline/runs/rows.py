@@ -91,6 +91,7 @@ def make_row(
         "depends_on": made_arms_read(stage, run),
         "inputs": stage.inputs(run),
         "makes": stage.makes,
+        "word": stage.word,
         "control": None if control is None else {"of": control.of, "matches": control.matches},
         "artifact": None,
         "quality": {},

@@ -164,6 +164,8 @@ class Stage(ABC):
     # part of the artifact's key: raise it when the same settings make something else
     version: ClassVar[int]
     makes: ClassVar[str] = MODEL_KIND  # kind of the artifact
+    # what reports call the arm; None: by its role in the run, such as student or teacher
+    word: ClassVar[str | None] = None
 
     # -- what it reads ----------------------------------------------------------------------------
 

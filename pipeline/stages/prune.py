@@ -66,6 +66,7 @@ class PruneStage(DistillSettings):
 
     type: ClassVar[str] = "prune"
     version: ClassVar[int] = 1
+    word: ClassVar[str | None] = "pruned model"
 
     def check(self, key: str, run: Run) -> None:
         """Refuse what this stage cannot do, before any device is touched.
