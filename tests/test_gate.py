@@ -212,6 +212,7 @@ def test_too_few_documents_decide_nothing_and_say_how_many_would(project) -> Non
     cwd, paths = project
     done = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=400", MLFLOW)
     assert done.returncode == 4, done.stderr
+    assert "note: the models are scored on the embedded demonstration data (stdlib)" in done.stdout
     read = by_name(check_left(cwd, "INCONCLUSIVE"))["quality/bits_per_byte"]
     assert (read["outcome"], read["needed"]) == ("INCONCLUSIVE", 400)
     again = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=400")
@@ -650,6 +651,7 @@ def test_recorded_values_are_compared_only_where_they_can_be(
         "tracking.mlflow=false",
     )
     assert done.returncode == code, done.stdout + done.stderr
+    assert "demonstration data" not in done.stdout  # values of others' data are compared
     verdict = said(cwd)
     if why is not None:
         read = by_name(verdict).get("quality/bits_per_byte", {})

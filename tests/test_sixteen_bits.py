@@ -16,6 +16,7 @@ from format_matrix import ARCHITECTURES
 from make_assess_models import byte_tokenizer, saved, tiny
 from safetensors.torch import load_file
 
+from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format, Prefer
 from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
@@ -24,7 +25,9 @@ from pipeline.models.load import load_config, load_model, save_model
 from pipeline.quantization import backend, sixteen
 from pipeline.quantization.backend import quantize, why_not
 from pipeline.quantization.search import Searcher, Trial
+from pipeline.runs.preflight import slow_precision
 from pipeline.stages.quantize import QuantizeStage
+from pipeline.stages.train import TrainStage
 from pipeline.tasks.table import Task
 
 CPU = torch.device("cpu")
@@ -117,6 +120,22 @@ def test_a_fresh_process_proves_it(tmp_path: Path, units: Any) -> None:
 
 
 # -- what a device cannot do ----------------------------------------------------------------------
+
+
+def test_training_in_bits_that_a_device_has_no_units_for_is_said_to_be_slower(units: Any) -> None:
+    run = Run(stages={"a": TrainStage()})
+    own = Run(stages={"a": TrainStage(precision=Precision.bf16)})
+    units(3.0)
+    assert slow_precision(run, CPU) == [
+        "this cpu has no units for bf16 (a product takes 3.0 times fp32's time): training is faster"
+        " in fp32 here, which precision=fp32 chooses"
+    ]
+    assert slow_precision(own, CPU) == []  # what a recipe compares precisions by
+    in_fp32 = PrecisionConfig(name=Precision.fp32)
+    assert slow_precision(Run(stages=run.stages, precision=in_fp32), CPU) == []
+    for ratio in (0.5, 1.2):  # units, and a reading that does not tell
+        units(ratio)
+        assert slow_precision(run, CPU) == []
 
 
 def test_a_device_without_units_is_told_by_a_product(units: Any) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SLOWEST = 10.0  # times fp32's product: a device on which it takes longer is refused
+SLOWER = 1.5  # times fp32's product: below, one reading does not tell which is faster
 # rows, inputs, outputs of the product that tells: 17 million multiplications, under 1 ms
 PRODUCT = (64, 512, 512)
 REPEATS = 5  # of it, the quickest counts: what interrupts a product only makes it longer
@@ -88,6 +89,18 @@ def units_said(fmt: Format, device: torch.device) -> str:
     return (
         f"this {device.type} has no units for {fmt.value} (a product takes {ratio:.1f} times fp32's"
         " time): it saves memory, and no time"
+    )
+
+
+def slower_than_fp32(fmt: Format, device: torch.device) -> str | None:
+    """Return how much longer than fp32 a device takes in `fmt`; None where it has units for it, or
+    where the times lie too close to say.
+    """
+    if has_units(fmt, device) or (ratio := product_ratio(fmt, device.type)) < SLOWER:
+        return None
+    return (
+        f"this {device.type} has no units for {fmt.value} (a product takes {ratio:.1f} times fp32's"
+        " time)"
     )
 
 

@@ -52,6 +52,7 @@ from pipeline.runs.preflight import (
     check_releases,
     check_tasks,
     choose_device,
+    slow_precision,
 )
 from pipeline.runs.resume import Past, read_past, why_unusable
 from pipeline.runs.running import Running
@@ -104,7 +105,14 @@ def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> R
         path = folder / "journal.jsonl"
         events = sound_events(read_events(path, checked=True), path)
         journal = Journal(path, now_ns=clock.now_ns)
-    notes = [*data.notes, *of_models, *_few_documents(run, data), *_engines(engine)]
+    notes = [
+        *data.notes,
+        *_demonstration(run, data),
+        *of_models,
+        *_few_documents(run, data),
+        *_engines(engine),
+        *slow_precision(run, device),
+    ]
     with _or_nothing(folder, number, lock):
         sampler = Sampler(device_of(device).reader(), interval_s=run.ledger.sample_seconds)
         sampler.start()
@@ -138,6 +146,17 @@ def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> R
     for note in notes:
         print(f"note: {note}", flush=True)
     return _delivered(running) if run.tracking.mlflow else running
+
+
+def _demonstration(run: Run, data: Dataset) -> list[str]:
+    """Return which data a gate scores on where nobody named any."""
+    named = run.data.path is not None or run.data.hub is not None
+    if named or not is_gate(run) or (run.candidate_items and run.baseline_items):
+        return []
+    return [
+        f"the models are scored on the embedded demonstration data ({data.name}): name your own"
+        " with data.path"
+    ]
 
 
 def _engines(engine: Mapping[str, EngineResult]) -> list[str]:

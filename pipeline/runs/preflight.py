@@ -80,6 +80,26 @@ def check_dtype(run: Run, device: Any) -> None:
             raise UserError("serving.dtype", reason, "give auto or fp32")
 
 
+def slow_precision(run: Run, device: Any) -> list[str]:
+    """Return that training would be faster in fp32, where stages train in 16 bits because
+    `precision` says so and this device has no units for them.
+    """
+    from pipeline.models.sixteen_bits import slower_than_fp32
+
+    inherited = {
+        each.precision.value.removesuffix("_pure")
+        for name, stage in stages_of(run).items()
+        for each in stage.precisions(f"stages.{name}", run)
+        if each.trains and not each.is_own
+    }
+    formats = [fmt for fmt in SIXTEEN_BITS if fmt.value in inherited]
+    return [
+        f"{why}: training is faster in fp32 here, which precision=fp32 chooses"
+        for fmt in formats
+        if (why := slower_than_fp32(fmt, device)) is not None
+    ]
+
+
 def check_tasks(run: Run, clock: PhaseClock) -> dict[str, list[Asked]]:
     """Refuse lm-eval tasks that lm-eval cannot run. Its import is overhead of the run: all arms use
     it alike.
