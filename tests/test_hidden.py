@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from here import result_in
+from here import here, result_in
 from make_assess_models import tiny
 from test_distill_cached import TINY
 from test_training_loop import CPU, batches_for, run, settings
@@ -230,6 +230,24 @@ def test_a_recipe_draws_them_and_ships_the_student_alone(
         if '"hidden"' in event
     ]
     assert curve
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["student.layers=2"], "stages.student.layer_map: [0] maps no 2 layers onto 4; give last"),
+        (["stages.student.model=base"], "stages.student.layer_map: [0] maps no 4 layers onto 4"),
+        (["student.layers=2", "stages.student.layer_map=[0,9]"], "[0, 9] maps no 2 layers onto 4"),
+    ],
+)
+def test_a_map_that_fits_no_such_layers_is_refused_before_anything_is_made(
+    tmp_path: Path, more: list[str], said: str
+) -> None:
+    wanted = ["stages.student.hidden_weight=1", "stages.student.layer_map=[0]"]
+    wanted = [*wanted, "model.shape.layers=4", *more]
+    done = here(tmp_path, *DISTIL, *wanted)
+    assert (done.returncode, said in done.stderr) == (1, True), done.stderr
+    assert not list((tmp_path / "mlruns").glob("runs/*"))
 
 
 @pytest.mark.parametrize(

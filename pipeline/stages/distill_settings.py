@@ -7,18 +7,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from pipeline.config.arms import STUDENT_INIT
+from pipeline.config.arms import BASE, STUDENT_INIT
 from pipeline.config.settings.distillation import Divergence, HeadKernel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
 from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
-from pipeline.stages.base import CACHE, TEACHER, BeforeRun, Elsewhere, Reference
+from pipeline.stages.base import (
+    CACHE,
+    TEACHER,
+    BeforeRun,
+    Elsewhere,
+    Reference,
+    Stage,
+    is_base_shaped,
+    stages_of,
+)
 from pipeline.stages.capture_settings import CaptureSettings
 from pipeline.stages.settings import (
     TrainingOverrides,
     check_classes,
     check_training,
+    student_source,
     training_settings,
 )
 
@@ -131,14 +141,49 @@ class DistillSettings(TrainingOverrides):
             raise UserError(f"{key}.head", reason, "leave it auto")
 
     def preflight(self, key: str, known: BeforeRun) -> None:
-        """Refuse completions that cannot be read, or that hold what the student is measured on."""
+        """Refuse completions that cannot be read, or that hold what the student is measured on, and
+        a map of layers that fits no such models.
+        """
         from pipeline.data.completions import check_apart, read_completions
 
         TrainingOverrides.preflight(self, key, known)
+        self._check_layer_map(key, known)
         if self.completions is not None:
             name = f"{key}.completions"
             given = read_completions(self.completions, known.run.data, name)
             check_apart(given, known.data, name)
+
+    def _check_layer_map(self, key: str, known: BeforeRun) -> None:
+        """Refuse a map of layers where the layers of both models can be counted before they are
+        made; else it is looked at when the stage's turn comes.
+        """
+        is_known = is_base_shaped(self.teacher, known.run)
+        if not self.hidden_weight or self.layer_map is None or not is_known:
+            return
+        from pipeline.distillation.hidden import layer_pairs
+        from pipeline.models.layers import layer_count
+
+        trained = self.num_trained_layers(key, known)
+        if trained is not None:
+            layer_pairs(self.layer_map, trained, layer_count(known.config), f"{key}.layer_map")
+
+    def num_trained_layers(self, key: str, known: BeforeRun) -> int | None:
+        """Return how many layers the trained model has; None where a stage has yet to decide it."""
+        from pipeline.models.layers import layer_count
+        from pipeline.models.student import student_config
+
+        run, arm = known.run, self.model
+        stage: Stage = self
+        while stage.keeps_layers() and arm not in (BASE, STUDENT_INIT):
+            stage = stages_of(run)[arm]
+            arm = stage.starts_from() or ""
+        if not stage.keeps_layers() or arm not in (BASE, STUDENT_INIT):
+            return None
+        if arm == BASE:
+            return layer_count(known.config)
+        if run.student.path is None and not is_base_shaped(student_source(run), run):
+            return None
+        return layer_count(student_config(run.student, known.base, run.task))
 
     def check(self, key: str, run: Run) -> None:
         """Refuse what this stage cannot do, before any device is touched.

@@ -87,6 +87,15 @@ class PruneStage(DistillSettings):
         """Return False."""
         return False
 
+    def num_trained_layers(self, key: str, known: BeforeRun) -> int | None:
+        """Return how many layers are left; None where a stage has yet to decide it."""
+        from pipeline.models.layers import layer_count
+
+        if not is_base_shaped(self.model, known.run):
+            return None
+        num_layers = layer_count(known.config)
+        return num_layers - self.num_dropped(num_layers, key)
+
     def num_dropped(self, num_layers: int, key: str) -> int:
         """Return how many layers go.
 
@@ -107,12 +116,11 @@ class PruneStage(DistillSettings):
         """Refuse a model that cannot do with fewer layers; one that is made first is looked at when
         its turn comes.
         """
-        from pipeline.models.layers import check_layers, layer_count
+        from pipeline.models.layers import check_layers
 
         DistillSettings.preflight(self, key, known)
-        if is_base_shaped(self.model, known.run):
-            num_layers = layer_count(known.config)
-            left = num_layers - self.num_dropped(num_layers, key)
+        left = self.num_trained_layers(key, known)
+        if left is not None:
             check_layers(known.config, known.run.task, range(left), f"{key}.drop")
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
