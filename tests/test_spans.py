@@ -153,7 +153,7 @@ def test_pairs_are_read_with_their_parts_and_the_longer_one_is_cut() -> None:
     assert tokenizer.decode(long.input_ids) == "<s>aaaaaaa</s>bbbbbb</s>"
     assert long.unread_tokens == 13
     notes = encode.encoding_notes(documents, tokenizer, Task.sequence_classification, max_length=16)
-    assert notes == ["1 of 3 examples are cut: 27.1% of the tokens are not read"]
+    assert notes == ["1 of 3 examples is cut: 27.1% of the tokens are not read"]
 
 
 def test_a_pair_is_nothing_for_a_language_model() -> None:
