@@ -28,6 +28,7 @@ from markdown_it import MarkdownIt
 from pipeline.ledger.values import from_schema_1
 from pipeline.report.conclusion import conclude, turned
 from pipeline.report.phrases import difference, evidence
+from pipeline.report.roles import arm_word
 from pipeline.report.text import conclusion_lines, conclusion_markdown
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -370,6 +371,10 @@ def test_an_arm_is_called_by_the_word_of_its_own_stage() -> None:
     )
     assert "student" not in str(said)
     assert "istill" not in str(said)
+    both = _pruned()
+    taught = {"model": "student_init", "teacher": "reference"}
+    both["rows"].append(make_row("small", inputs=taught))  # beside it, the only student
+    assert [arm_word(both, arm) for arm in ("pruned", "small")] == ["pruned model", "student"]
     # a result of a release that recorded no such word
     assert "the distilled student" in str(conclude(_pruned(word=None)))
 
