@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.ledger.devices.table import KINDS, device_of
+from pipeline.ledger.numbers import times
 from pipeline.models.load import load_config, quantized_by
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ def why_not(fmt: Format, device: torch.device) -> str | None:
     ratio = product_ratio(fmt, device.type)
     if ratio <= SLOWEST:
         return None
-    times = "cannot be computed" if math.isinf(ratio) else f"takes {ratio:.0f} times fp32's time"
-    return f"a product in {fmt.value} {times} on this {device.type}, which has no units for it"
+    how_long = "cannot be computed" if math.isinf(ratio) else f"takes {ratio:.0f} times fp32's time"
+    return f"a product in {fmt.value} {how_long} on this {device.type}, which has no units for it"
 
 
 def units_said(fmt: Format, device: torch.device) -> str:
@@ -98,10 +99,7 @@ def slower_than_fp32(fmt: Format, device: torch.device) -> str | None:
     """
     if has_units(fmt, device) or (ratio := product_ratio(fmt, device.type)) < SLOWER:
         return None
-    return (
-        f"this {device.type} has no units for {fmt.value} (a product takes {ratio:.1f} times fp32's"
-        " time)"
-    )
+    return f"{fmt.value} takes {times(ratio)} fp32's time on this {device.type}"
 
 
 def best_first(device: torch.device) -> list[Format]:

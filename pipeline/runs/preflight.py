@@ -94,7 +94,7 @@ def slow_precision(run: Run, device: Any) -> list[str]:
     }
     formats = [fmt for fmt in SIXTEEN_BITS if fmt.value in inherited]
     return [
-        f"{why}: training is faster in fp32 here, which precision=fp32 chooses"
+        f"{why}: precision=fp32 trains faster"
         for fmt in formats
         if (why := slower_than_fp32(fmt, device)) is not None
     ]
