@@ -16,6 +16,7 @@ WORDS = {
     6: "Not Found",
     9: "Driver Not Loaded",
     12: "Library Not Found",
+    15: "GPU is lost",
 }
 
 
@@ -27,12 +28,33 @@ class NVMLError(Exception):
         super().__init__(WORDS[code])
 
 
-NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, NO_DRIVER, NO_LIBRARY = 3, 4, 6, 9, 12
+NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, NO_DRIVER, NO_LIBRARY, LOST = 3, 4, 6, 9, 12, 15
+OF_BOARDS = (
+    "energy",
+    "power",
+    "utilization",
+    "clock",
+    "temperature",
+    "throttle",
+    "limit",
+    "capped",
+)
+"""What no handle of a MIG slice is asked for: its board's handle is."""
 
 
 @dataclass
 class Gpu:
-    """One device. `power_w` draws joules as the clock goes."""
+    """One device. `power_w` draws joules as the clock goes.
+
+    Attributes:
+        board: Of a MIG slice; `slices` are those of its GPU instance, and of itself.
+        capability: What it computes like; (8, 0) is a GA100.
+        module_w: Power of the module that a superchip's GPU shares with a CPU, in all.
+        counts_module: Whether its energy counter is of the module.
+        capped: Share of the time at its power limit, which its counter has.
+        limit_mw: The limit that somebody set, and the one that is enforced.
+        lost: Whether it fell off its bus.
+    """
 
     uuid: str = "GPU-1"
     name: str = "NVIDIA H200"
@@ -47,6 +69,16 @@ class Gpu:
     mig: int = 0
     virtual: int = 0
     gpm: bool = True
+    board: Gpu | None = None
+    slices: tuple[int, int] = (1, 1)
+    capability: tuple[int, int] = (9, 0)
+    module_w: float | None = None
+    counts_module: bool = False
+    capped: float = 0.0
+    capped_ns: int = 0
+    limit_mw: tuple[int, int] = (700_000, 700_000)
+    reserved: int = 0
+    lost: bool = False
     frozen: bool = False  # the counters stand still
     metrics: dict[str, float] = field(
         default_factory=lambda: {
@@ -67,6 +99,8 @@ class FakeNvml:
 
     NVMLError = NVMLError
     NVML_SUCCESS = 0
+    NVML_ERROR_NOT_FOUND, NVML_ERROR_GPU_IS_LOST = NOT_FOUND, LOST
+    NVML_PERF_POLICY_POWER = 0
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
     (
         NVML_DEVICE_MIG_ENABLE,
@@ -86,7 +120,7 @@ class FakeNvml:
 
     def __init__(self, *gpus: Gpu, init: int | None = None) -> None:
         self.gpus, self.init, self.now_ns = list(gpus or [Gpu()]), init, 10**15
-        self.samples, self.asked, self.reserved = 0, 0, 0
+        self.samples, self.asked = 0, 0
         self.scopes: list[int] = []  # of power, as they were asked for
         self.by_slice: list[int] = []  # GPU instances whose activity was asked for
 
@@ -97,10 +131,16 @@ class FakeNvml:
         self.now_ns += round(seconds * 1e9)
         for gpu in self.gpus:
             if not gpu.frozen:
-                gpu.energy_mj += gpu.power_w * seconds * 1000
+                watts = gpu.module_w if gpu.counts_module and gpu.module_w else gpu.power_w
+                gpu.energy_mj += watts * seconds * 1000
+            gpu.capped_ns += round(gpu.capped * seconds * 1e9)
 
     def _ask(self, gpu: Gpu, name: str) -> Gpu:
         self.asked += 1
+        if gpu.lost or (gpu.board is not None and gpu.board.lost):
+            raise NVMLError(LOST)
+        if gpu.board is not None and name in OF_BOARDS:
+            raise NVMLError(NOT_SUPPORTED)
         if name in gpu.refuses:
             raise NVMLError(gpu.refuses[name])
         return gpu
@@ -118,7 +158,19 @@ class FakeNvml:
     def nvmlSystemGetCudaDriverVersion(self) -> int:
         return 13000
 
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Gpu:
+        return self._ask(self.gpus[index], "handle")
+
+    def nvmlDeviceGetUUID(self, handle: Gpu) -> str:
+        return self._ask(handle, "uuid").uuid
+
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Gpu:
+        """As the driver: one lost GPU ends the search."""
+        for gpu in self.gpus:
+            self._ask(gpu, "handle")
         found = [gpu for gpu in self.gpus if gpu.uuid == uuid]
         if not found:
             raise NVMLError(NOT_FOUND)
@@ -136,10 +188,14 @@ class FakeNvml:
     def nvmlDeviceGetFieldValues(self, handle: Gpu, fieldIds: list[tuple[int, int]]) -> Any:
         self.scopes += [scope for _, scope in fieldIds]
         code = handle.refuses.get("field", 0)
-        watts = self._ask(handle, "power").power_w
+        own = self._ask(handle, "power").power_w
+        watts = {self.NVML_POWER_SCOPE_GPU: own, self.NVML_POWER_SCOPE_MODULE: handle.module_w}
         return [
-            SimpleNamespace(nvmlReturn=code, value=SimpleNamespace(uiVal=int(watts * 1000)))
-            for _ in fieldIds
+            SimpleNamespace(
+                nvmlReturn=code if watts[scope] is not None else NOT_SUPPORTED,
+                value=SimpleNamespace(uiVal=int((watts[scope] or 0) * 1000)),
+            )
+            for _, scope in fieldIds
         ]
 
     def nvmlDeviceGetMemoryInfo(self, handle: Gpu, version: int | None = None) -> Any:
@@ -147,7 +203,7 @@ class FakeNvml:
         if version is not None and "memory v2" in handle.refuses:
             raise NVMLError(handle.refuses["memory v2"])
         return SimpleNamespace(
-            used=self._ask(handle, "memory").memory + (0 if version else self.reserved)
+            used=self._ask(handle, "memory").memory + (0 if version else handle.reserved)
         )
 
     def nvmlDeviceGetClockInfo(self, handle: Gpu, type: int) -> int:
@@ -165,7 +221,13 @@ class FakeNvml:
         return self._ask(handle, "throttle").throttle
 
     def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, migDevice: Gpu) -> Gpu:
-        return self._ask(migDevice, "parent")
+        board = self._ask(migDevice, "parent").board
+        assert board is not None, "no slice"
+        return board
+
+    def nvmlDeviceGetAttributes_v2(self, device: Gpu) -> Any:
+        of_instance, own = self._ask(device, "attributes").slices
+        return SimpleNamespace(gpuInstanceSliceCount=of_instance, computeInstanceSliceCount=own)
 
     def nvmlDeviceGetGpuInstanceId(self, device: Gpu) -> int:
         return 7
@@ -183,6 +245,13 @@ class FakeNvml:
     def nvmlDeviceGetMigMode(self, handle: Gpu) -> list[int]:
         return [self._ask(handle, "mig").mig, 0]
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle: Gpu) -> tuple[int, int]:
+        return self._ask(handle, "capability").capability
+
+    def nvmlDeviceGetViolationStatus(self, device: Gpu, perfPolicyType: int) -> Any:
+        assert perfPolicyType == self.NVML_PERF_POLICY_POWER
+        return SimpleNamespace(violationTime=self._ask(device, "capped").capped_ns)
+
     def nvmlDeviceGetVirtualizationMode(self, handle: Gpu) -> int:
         return self._ask(handle, "virtual").virtual
 
@@ -190,10 +259,15 @@ class FakeNvml:
         return 0
 
     def nvmlDeviceGetName(self, handle: Gpu) -> str:
-        return handle.name
+        return self._ask(handle, "name").name
 
     def nvmlDeviceGetPowerManagementLimit(self, handle: Gpu) -> int:
-        return 700_000
+        return self._ask(handle, "limit").limit_mw[0]
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: Gpu) -> int:
+        if "enforced limit" in handle.refuses:
+            raise NVMLError(handle.refuses["enforced limit"])
+        return self._ask(handle, "limit").limit_mw[1]
 
     def nvmlGpmQueryDeviceSupport(self, device: Gpu) -> Any:
         return SimpleNamespace(isSupportedDevice=int(self._ask(device, "gpm").gpm))

@@ -66,6 +66,69 @@ def test_power_that_is_a_mean_is_held_against_the_counter_in_long_windows_only()
     assert any("suspect" in each for each in _window(exact, 6).problems)
 
 
+@pytest.mark.parametrize(
+    ("counts_module", "joules", "provenance"),
+    [(False, 2000.0, Provenance.MEASURED), (True, 2000.0, Provenance.ESTIMATED)],
+)
+def test_a_superchips_energy_is_the_gpus_whatever_its_counter_counts(
+    counts_module: bool, joules: float, provenance: Provenance
+) -> None:
+    gpu = Gpu(name="NVIDIA GH200 480GB", module_w=450.0, counts_module=counts_module)
+    usage = _window(FakeNvml(gpu))
+    assert (usage.energy_j.value, usage.energy_j.provenance) == (joules, provenance)
+    assert usage.module_energy_j.value == 4500.0
+    assert usage.module_energy_j.provenance == (
+        Provenance.MEASURED if counts_module else Provenance.ESTIMATED
+    )
+    assert (usage.power_w_mean.value, usage.problems) == (200.0, ())
+
+
+def test_a_superchips_counter_that_is_nobodys_is_suspect() -> None:
+    gpu = Gpu(name="NVIDIA GH200 480GB", module_w=450.0, counts_module=True)
+    nvml = FakeNvml(gpu)
+    sampler = _sampler(nvml)
+    start_ns = nvml.now_ns
+    for _ in range(10):
+        gpu.energy_mj += 900_000
+        nvml.pass_time(1)
+        sampler.tick()
+    sampler.mark()
+    usage = sampler.usage((start_ns, nvml.now_ns))
+    assert usage.problems == ("energy suspect: counter and integrated power differ by 85%",)
+    assert usage.energy_j.provenance == Provenance.ESTIMATED
+
+
+def test_a_modules_energy_is_not_added_up_over_the_gpus_that_share_it() -> None:
+    two = [Gpu(uuid, name="NVIDIA GB200", module_w=900.0) for uuid in ("GPU-1", "GPU-2")]
+    usage = _window(FakeNvml(*two))
+    assert usage.energy_j.value == 4000.0
+    assert usage.module_energy_j.why_missing == "several GPUs may share a module"
+    alone = _window(FakeNvml())
+    assert (alone.module_energy_j.why_missing or "").startswith("not a superchip")
+
+
+def test_time_at_the_power_limit_is_the_drivers_count_where_it_counts() -> None:
+    # seen at every reading, reached in a quarter of the time
+    assert _window(FakeNvml(Gpu(throttle=0x04, capped=0.25))).power_cap_share.value == 0.25
+    # between readings, seen at none
+    assert _window(FakeNvml(Gpu(capped=0.1))).power_cap_share.value == pytest.approx(0.1)
+    uncounted = Gpu(throttle=0x04, refuses={"capped": NOT_SUPPORTED})
+    assert _window(FakeNvml(uncounted)).power_cap_share.value == 1.0
+
+
+def test_a_gpu_that_is_lost_leaves_no_figure_of_its_window_and_those_before() -> None:
+    nvml = FakeNvml()
+    sampler = _sampler(nvml)
+    before = _run(nvml, sampler, 6)
+    start_ns, _ = _run(nvml, sampler, 3)
+    nvml.gpus[0].lost = True
+    _, end_ns = _run(nvml, sampler, 3)
+    usage = sampler.usage((start_ns, end_ns))
+    assert {getattr(usage, name).value for name in FIGURES} == {None}
+    assert "fell off its bus" in (usage.energy_j.why_missing or "")
+    assert sampler.usage(before).energy_j.value == 1200.0
+
+
 def test_a_window_by_hand() -> None:
     usage = _window(FakeNvml(Gpu(throttle=0x04 | 0x01)))
     assert (usage.energy_j.value, usage.energy_j.provenance) == (2000.0, Provenance.MEASURED)

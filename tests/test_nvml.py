@@ -9,15 +9,16 @@ from typing import Any
 
 import pynvml
 import pytest
-from fake_nvml import NO_DRIVER, NO_LIBRARY, NO_PERMISSION, NOT_SUPPORTED, FakeNvml, Gpu
+from fake_nvml import NO_DRIVER, NO_LIBRARY, NO_PERMISSION, NOT_SUPPORTED, OF_BOARDS, FakeNvml, Gpu
 
 from pipeline.ledger.devices.cuda.gpm import ACTIVITY
+from pipeline.ledger.devices.cuda.handles import full_uuid
 from pipeline.ledger.devices.cuda.nvml import (
     COUNTERS,
     FIELDS,
+    LOST,
     NvmlReader,
     Reading,
-    full_uuid,
     open_reader,
 )
 from pipeline.ledger.devices.table import device_of
@@ -53,7 +54,14 @@ def test_the_stand_in_has_the_real_modules_names_and_signatures() -> None:
         name for name, _ in request._fields_
     }
     assert {"metricId", "nvmlReturn", "value"} <= {name for name, _ in request.metrics[0]._fields_}
-    assert {"isSupportedDevice"} <= {name for name, _ in pynvml.c_nvmlGpmSupport_t._fields_}
+    for struct, names in (
+        (pynvml.c_nvmlGpmSupport_t, {"isSupportedDevice"}),
+        (pynvml.c_nvmlMemory_v2_t, {"total", "reserved", "free", "used"}),
+        (pynvml.c_nvmlViolationTime_t, {"referenceTime", "violationTime"}),
+        (pynvml.c_nvmlDeviceAttributes, {"gpuInstanceSliceCount", "computeInstanceSliceCount"}),
+        (pynvml.c_nvmlFieldValue_t, {"fieldId", "scopeId", "nvmlReturn", "value"}),
+    ):
+        assert names <= {field[0] for field in struct._fields_}
 
 
 def test_a_reading_is_in_the_units_it_says() -> None:
@@ -86,6 +94,12 @@ def test_only_the_jobs_own_devices_are_read() -> None:
         (FakeNvml(init=NO_LIBRARY), ["GPU-1"], "no NVIDIA driver to ask (Library Not Found)"),
         (FakeNvml(init=NO_DRIVER), ["GPU-1"], "no NVIDIA driver to ask (Driver Not Loaded)"),
         (FakeNvml(), ["GPU-9"], "NVML does not know GPU-9 (Not Found)"),
+        (FakeNvml(Gpu(lost=True)), ["GPU-1"], f"NVML cannot open GPU-1: {LOST}"),
+        (
+            FakeNvml(Gpu(refuses={"handle": NO_PERMISSION})),
+            ["GPU-1"],
+            "NVML cannot open GPU-1 (Insufficient Permissions)",
+        ),
         (FakeNvml(), [], "this run uses no GPU"),
     ],
 )
@@ -112,6 +126,7 @@ QUESTIONS = {
     "clock": "sm_clock_mhz",
     "temperature": "temperature_c",
     "throttle": "throttle",
+    "capped": "power_capped_ns",
     "processes": "foreign_processes",
 }
 
@@ -157,28 +172,61 @@ def test_a_slice_of_a_board_has_no_counters_of_its_own(gpu: Gpu, why: str) -> No
     assert reading.temperature_c == 50
 
 
-def test_a_slice_has_its_own_activity_and_its_boards_counters_are_not_its_own() -> None:
-    nvml = FakeNvml(Gpu("MIG-1"))
+def _slice(**more: Any) -> Gpu:
+    board = Gpu("GPU-1", mig=1, clock=1500, temperature=70, throttle=4, capped=0.5)
+    return Gpu("MIG-1", board=board, memory=700, processes=2, **more)
+
+
+def test_a_slice_has_its_own_memory_processes_and_activity() -> None:
+    nvml = FakeNvml(_slice())
     reading = _second(nvml, _open(nvml, "MIG-1"))
-    for name in ("energy_mj", "power_w", "busy", "foreign_processes"):
+    assert (reading.memory_used_bytes, reading.foreign_processes) == (700, 1)
+    assert reading.sm_active == pytest.approx(0.4)
+    assert nvml.by_slice == [7, 7]  # samples of the slice, not of its board
+    for name in ("energy_mj", "power_w", "busy"):
         assert (getattr(reading, name), reading.missing[name]) == (
             None,
             "MIG: the counter is the whole board's",
         )
-    assert reading.sm_active == pytest.approx(0.4)
-    assert nvml.by_slice == [7, 7]  # samples of the slice, not of its board
-    lost = FakeNvml(Gpu("MIG-1", refuses={"parent": NOT_SUPPORTED}))
-    assert (
-        _second(lost, _open(lost, "MIG-1")).missing["sm_active"]
-        == "MIG: the counter is the whole board's"
-    )
 
 
-def test_a_slice_is_found_by_the_name_that_torch_has_for_it(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_slice_feels_its_boards_heat_clocks_and_power_limit() -> None:
+    """Its own handle tells none of them."""
+    nvml = FakeNvml(_slice())
+    reader = _open(nvml, "MIG-1")
+    reading = _second(nvml, reader)
+    assert (reading.sm_clock_mhz, reading.temperature_c, reading.throttle) == (1500, 70, 4)
+    assert set(reading.missing) == {"energy_mj", "power_w", "busy"}
+    here = reader.placement()
+    assert (here["mig"], here["power_limit_w"], here["uuids"]) == (True, [700.0], ["MIG-1"])
+    assert {"energy", "power", "clock"} <= set(OF_BOARDS)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"slices": (2, 1)}, "MIG: other compute instances are counted with this slice"),
+        (
+            {"refuses": {"attributes": NOT_SUPPORTED}},
+            "MIG: NVML does not tell who else is counted with this slice",
+        ),
+        ({"refuses": {"parent": NOT_SUPPORTED}}, "MIG: NVML does not tell this slice's board"),
+    ],
+)
+def test_activity_that_may_be_a_neighbours_is_not_the_slices_own(
+    more: dict[str, Any], why: str
 ) -> None:
+    nvml = FakeNvml(_slice(**more))
+    reading = _second(nvml, _open(nvml, "MIG-1"))
+    assert (reading.sm_active, reading.missing["sm_active"]) == (None, why)
+    assert reading.memory_used_bytes == 700
+    for name in FIELDS:
+        assert (getattr(reading, name) is None) == (name in reading.missing), name
+
+
+def test_a_slice_is_found_by_the_name_that_torch_has_for_it() -> None:
     """Torch tells a slice's UUID without a prefix: `GPU-` before it names nothing."""
-    nvml = FakeNvml(Gpu("MIG-1-2"))
+    nvml = FakeNvml(Gpu("MIG-1-2", board=Gpu("GPU-1", mig=1)))
     assert _open(nvml, "GPU-1-2").uuids == ("MIG-1-2",)
     assert full_uuid("1-2", {"CUDA_VISIBLE_DEVICES": "MIG-9, MIG-1-2"}) == "MIG-1-2"
     assert full_uuid("1-2", {}) == "GPU-1-2"
@@ -186,30 +234,76 @@ def test_a_slice_is_found_by_the_name_that_torch_has_for_it(
     assert _open(nvml, "GPU-7").why == "NVML does not know GPU-7 (Not Found)"
 
 
-def test_power_is_that_of_the_moment_and_else_says_that_it_is_a_mean() -> None:
-    now, older = FakeNvml(Gpu()), FakeNvml(Gpu(refuses={"field": NOT_SUPPORTED}))
-    for nvml, is_mean in ((now, False), (older, True)):
-        reading = _second(nvml, _open(nvml, "GPU-1"))
-        assert (reading.power_w, reading.power_is_mean) == (200.0, is_mean)
+def test_a_gpu_that_falls_off_its_bus_is_asked_no_more() -> None:
+    nvml = FakeNvml()
+    reader = _open(nvml)
+    assert _second(nvml, reader).missing == {}
+    nvml.gpus[0].lost = True
+    nvml.pass_time(1)
+    assert reader.read()[0].missing == dict.fromkeys(FIELDS, LOST)
+    asked = nvml.asked
+    nvml.pass_time(1)
+    assert reader.read()[0].missing == dict.fromkeys(FIELDS, LOST)
+    assert nvml.asked == asked
+    assert reader.placement()["device_names"] == [None]
+    reader.close()
+
+
+def test_a_lost_neighbour_does_not_hide_the_jobs_own_gpu() -> None:
+    """A search by UUID ends at the lost one."""
+    nvml = FakeNvml(Gpu("GPU-1", lost=True), Gpu("GPU-2", power_w=300.0))
+    (reading,) = _open(nvml, "GPU-2").read()
+    assert (reading.uuid, reading.power_w) == ("GPU-2", 300.0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_mean"), [((7, 0), False), ((8, 0), False), ((8, 6), True), ((9, 0), True)]
+)
+def test_power_is_that_of_the_moment_and_else_says_that_it_is_a_mean(
+    capability: tuple[int, int], is_mean: bool
+) -> None:
+    """The older question's answer is a mean from Ampere on, on all but its largest chip."""
+    now = FakeNvml(Gpu(capability=capability))
+    reading = _second(now, _open(now))
+    assert (reading.power_w, reading.power_is_mean) == (200.0, False)
     assert set(now.scopes) == {FakeNvml.NVML_POWER_SCOPE_GPU}
+    older = FakeNvml(Gpu(capability=capability, refuses={"field": NOT_SUPPORTED}))
+    reading = _second(older, _open(older))
+    assert (reading.power_w, reading.power_is_mean) == (200.0, is_mean)
+    unknown = FakeNvml(Gpu(refuses={"field": NOT_SUPPORTED, "capability": NOT_SUPPORTED}))
+    assert _second(unknown, _open(unknown)).power_is_mean
 
 
 @pytest.mark.parametrize("name", ["NVIDIA GH200 480GB", "NVIDIA GB200"])
-def test_a_superchips_power_is_asked_for_and_called_the_modules(name: str) -> None:
-    nvml = FakeNvml(Gpu(name=name))
-    reader = _open(nvml, "GPU-1")
-    reader.read()
-    assert set(nvml.scopes) == {FakeNvml.NVML_POWER_SCOPE_MODULE}
+def test_a_superchips_power_is_the_gpus_and_its_modules_stands_beside_it(name: str) -> None:
+    nvml = FakeNvml(Gpu(name=name, module_w=450.0))
+    reader = _open(nvml)
+    reading = _second(nvml, reader)
+    assert (reading.power_w, reading.module_power_w, reading.on_superchip) == (200.0, 450.0, True)
     assert reader.placement()["power_scope"] == "module"
-    assert _open(FakeNvml(), "GPU-1").placement()["power_scope"] == "board"
+    nvml.gpus[0].refuses["field"] = NOT_SUPPORTED  # the older question does not say whose it is
+    reading = _second(nvml, reader)
+    assert (reading.power_w, reading.module_power_w) == (None, None)
+    assert "does not tell the GPU's power apart" in reading.missing["power_w"]
+    board = FakeNvml()
+    assert _open(board).placement()["power_scope"] == "board"
+    assert _second(board, _open(board)).module_power_w is None
 
 
-def test_memory_is_without_what_the_driver_reserves_where_it_tells() -> None:
-    nvml = FakeNvml(Gpu())
-    nvml.reserved = 500
-    assert _open(nvml, "GPU-1").read()[0].memory_used_bytes == 10_000
+def test_memory_is_without_what_the_driver_reserves_or_is_not_told() -> None:
+    nvml = FakeNvml(Gpu(reserved=500))
+    assert _open(nvml).read()[0].memory_used_bytes == 10_000
     nvml.gpus[0].refuses["memory v2"] = NOT_SUPPORTED
-    assert _open(nvml, "GPU-1").read()[0].memory_used_bytes == 10_500
+    reading = _open(nvml).read()[0]
+    assert reading.memory_used_bytes is None
+    assert reading.missing["memory_used_bytes"].startswith("this driver counts what it reserves")
+
+
+def test_the_power_limit_is_the_one_that_is_enforced() -> None:
+    nvml = FakeNvml(Gpu(limit_mw=(700_000, 450_000)))
+    assert _open(nvml).placement()["power_limit_w"] == [450.0]
+    nvml.gpus[0].refuses["enforced limit"] = NOT_SUPPORTED
+    assert _open(nvml).placement()["power_limit_w"] == [700.0]
 
 
 def test_older_forms_of_questions_are_asked_where_the_newer_are_not_known() -> None:
@@ -325,4 +419,4 @@ def test_placement_is_what_the_driver_tells() -> None:
     here = reader.placement()
     assert (here["driver"], here["mig"], here["exclusive"]) == ("999.1", False, "no")
     assert (here["device_names"], here["power_limit_w"]) == (["NVIDIA H200"] * 2, [700.0, 700.0])
-    assert len(COUNTERS) == 9
+    assert len(COUNTERS) == 10

@@ -42,9 +42,12 @@ class Interval:
 
     Attributes:
         counter_j: Difference of the energy counter; negative after a reset.
-        integral_j: Integrated power.
+        integral_j: Integrated power, of the GPU.
+        module_j: The same of the module that a superchip's GPU shares with a CPU.
+        on_superchip: Whether it shares one: then the counter may be of the module.
         throttled: Share of it in which heat or hardware held clocks down.
-        capped: Share of it in which the power limit did.
+        capped: Share of it in which the power limit did: by the driver's counter, or, where none
+            runs, as the reading at its end has it.
         power_is_mean: Power readings are means of the last second.
         edge: A window begins or ends at its end: it is not merged with the next one.
     """
@@ -63,6 +66,8 @@ class Interval:
     throttle: int
     foreign: float | None
     missing: dict[str, str]
+    module_j: float | None = None
+    on_superchip: bool = False
     was_reset: bool = False
     power_is_mean: bool = False
     edge: bool = False
@@ -91,16 +96,14 @@ def between(before: Reading, after: Reading, *, edge: bool) -> Interval:
     if before.energy_mj is not None and after.energy_mj is not None:
         # Millijoules to joules
         counter = (after.energy_mj - before.energy_mj) / 1000
-    integral = None
-    if before.power_w is not None and after.power_w is not None:
-        # Trapezoid rule
-        integral = (before.power_w + after.power_w) / 2 * seconds
     reasons = after.throttle
     return Interval(
         start_ns=before.at_ns,
         end_ns=after.at_ns,
         counter_j=counter,
-        integral_j=integral,
+        integral_j=_trapezoid(before.power_w, after.power_w, seconds),
+        module_j=_trapezoid(before.module_power_w, after.module_power_w, seconds),
+        on_superchip=after.on_superchip,
         shares={name: v for name in SHARES if (v := getattr(after, name)) is not None},
         clock_mhz=after.sm_clock_mhz,
         clock_min_mhz=after.sm_clock_mhz,
@@ -108,13 +111,29 @@ def between(before: Reading, after: Reading, *, edge: bool) -> Interval:
         temperature_c=after.temperature_c,
         throttle=reasons or 0,
         throttled=None if reasons is None else float(bool(reasons & DISTURBING)),
-        capped=None if reasons is None else float(bool(reasons & POWER_CAP)),
+        capped=_capped(before, after),
         foreign=None if after.foreign_processes is None else float(after.foreign_processes > 0),
         missing=missing,
         was_reset=counter is not None and counter < 0,
         edge=edge,
         power_is_mean=after.power_is_mean,
     )
+
+
+def _trapezoid(first: float | None, last: float | None, seconds: float) -> float | None:
+    return None if first is None or last is None else (first + last) / 2 * seconds
+
+
+def _capped(before: Reading, after: Reading) -> float | None:
+    """Return the share of the time at the power limit. A counter that stands still while readings
+    tell of the limit is none: some boards never count.
+    """
+    seen = None if after.throttle is None else float(bool(after.throttle & POWER_CAP))
+    if before.power_capped_ns is None or after.power_capped_ns is None:
+        return seen
+    counted = (after.power_capped_ns - before.power_capped_ns) / (after.at_ns - before.at_ns)
+    was_seen = bool((before.throttle or 0) & POWER_CAP) and bool(seen)
+    return seen if counted < 0 or (was_seen and not counted) else min(1.0, counted)
 
 
 def _most(before: Reading, after: Reading) -> float | None:
@@ -156,6 +175,8 @@ def _merged(a: Interval, b: Interval) -> Interval:
         throttled=mean(both, lambda each: each.throttled),
         capped=mean(both, lambda each: each.capped),
         power_is_mean=a.power_is_mean or b.power_is_mean,
+        module_j=total(each.module_j for each in both),
+        on_superchip=a.on_superchip or b.on_superchip,
         throttle=a.throttle | b.throttle,
         foreign=mean(both, lambda each: each.foreign),
         missing={**a.missing, **b.missing},

@@ -13,6 +13,8 @@ from pipeline.ledger.values import Value, estimated, measured, null
 SHORTEST_S = 5.0  # energy of a shorter window: the counter's steps are too coarse
 # power that is the mean of the last second is not held against the counter in a shorter window
 LAGGING_S = 10.0
+NO_MODULE = "not a superchip: the GPU shares its module with no CPU"
+SHARED_MODULE = "several GPUs may share a module"
 MOST_APART = 0.05  # counter against integrated power, as a share; beyond it the energy is suspect
 
 
@@ -22,6 +24,7 @@ class Usage:
 
     energy_j: Value
     energy_integral_j: Value
+    module_energy_j: Value
     power_w_mean: Value
     busy: Value
     sm_active: Value
@@ -64,7 +67,7 @@ FIGURES = tuple(
     item.name for item in fields(Usage) if item.name not in ("throttle_reasons", "problems")
 )
 
-ADDED = ("power_cap_share",)
+ADDED = ("power_cap_share", "module_energy_j")
 """What rows of older releases lack."""
 
 
@@ -81,6 +84,7 @@ _Own = list[tuple[str, list[Interval]]]
 class _Energy:
     counter: Value
     integral: Value
+    module: Value
     problems: list[str] = field(default_factory=list)
 
 
@@ -101,6 +105,7 @@ def summed(own: _Own, elapsed_ns: int) -> Usage:
     return Usage(
         energy_j=energy.counter,
         energy_integral_j=energy.integral,
+        module_energy_j=energy.module,
         power_w_mean=power
         if power.value is None
         else Value(power.value / (elapsed_ns / 1e9), power.provenance),
@@ -151,28 +156,72 @@ def _energy(own: _Own, seconds: float) -> _Energy:
     """Return joules by the counter and by integrated power, and what speaks against them; never
     zero.
     """
+    if any(each.on_superchip for _, intervals in own for each in intervals):
+        return _of_superchips(own, seconds)
     counters = [_counter(uuid, intervals, seconds) for uuid, intervals in own]
     integrals = [_integral(uuid, intervals) for uuid, intervals in own]
-    result = _Energy(_add(counters), _add(integrals))
-    result.problems += [
-        f"energy: the counter of {uuid} was reset"
-        for uuid, intervals in own
-        if any(each.was_reset for each in intervals)
-    ]
-    counter, integral = result.counter.value, result.integral.value
+    result = _Energy(_add(counters), _add(integrals), null(NO_MODULE), _resets(own))
     # NVML's power is the mean of the last second on some boards: at the edges of a short window it
     # speaks of the time before.
     lags = (
         any(each.power_is_mean for _, intervals in own for each in intervals)
         and seconds < LAGGING_S
     )
-    if counter is not None and integral is not None and not lags:
-        apart = abs(counter - integral) / max(counter, integral)
-        if apart > MOST_APART:
-            result.problems.append(
-                f"energy suspect: counter and integrated power differ by {apart:.0%}"
-            )
+    if not lags:
+        result.problems += _suspect(result.counter, result.integral)
     return result
+
+
+def _resets(own: _Own) -> list[str]:
+    return [
+        f"energy: the counter of {uuid} was reset"
+        for uuid, intervals in own
+        if any(each.was_reset for each in intervals)
+    ]
+
+
+def _apart(counter: Value, integral: Value) -> float | None:
+    """Return by what share of the larger one two energies differ; None where one is missing."""
+    if counter.value is None or integral.value is None:
+        return None
+    return abs(counter.value - integral.value) / max(counter.value, integral.value)
+
+
+def _suspect(counter: Value, integral: Value) -> list[str]:
+    apart = _apart(counter, integral)
+    if apart is None or apart <= MOST_APART:
+        return []
+    return [f"energy suspect: counter and integrated power differ by {apart:.0%}"]
+
+
+def _of_superchips(own: _Own, seconds: float) -> _Energy:
+    """Return the energy of GPUs that share a module with a CPU.
+
+    The counter is the GPU's on some, the module's on others: whose power over time it agrees with
+    tells. Where it is not the GPU's, the GPU's energy is its power over time, an estimate.
+    Source: ml-energy/zeus, pull request 172 (the counter of a GH200 is the whole module's).
+    """
+    parts = [_of_superchip(uuid, intervals, seconds) for uuid, intervals in own]
+    module = parts[0].module if len(parts) == 1 else null(SHARED_MODULE)
+    return _Energy(
+        _add([part.counter for part in parts]),
+        _add([part.integral for part in parts]),
+        module,
+        [*_resets(own), *(problem for part in parts for problem in part.problems)],
+    )
+
+
+def _of_superchip(uuid: str, intervals: list[Interval], seconds: float) -> _Energy:
+    counter, integral = _counter(uuid, intervals, seconds), _integral(uuid, intervals)
+    joules = total(each.module_j for each in intervals)
+    module = null(f"{uuid}: NVML: no power of the module") if joules is None else estimated(joules)
+    apart = _apart(counter, integral)
+    if apart is None or apart <= MOST_APART:
+        return _Energy(counter, integral, module)
+    of_module = _apart(counter, module)
+    if of_module is not None and of_module <= MOST_APART:
+        return _Energy(integral, integral, counter)
+    return _Energy(integral, integral, module, _suspect(counter, integral))
 
 
 def _counter(uuid: str, intervals: list[Interval], seconds: float) -> Value:

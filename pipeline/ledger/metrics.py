@@ -217,10 +217,18 @@ CATALOGUE: tuple[Metric, ...] = (
         "J",
         "row",
         -1,
-        "board energy of the stage's devices, from the NVML counter",
+        "board energy of the stage's devices, from the NVML counter; where that counts a"
+        " superchip's whole module, the GPU's power over time",
     ),
     Metric(
         "compute/energy_integral_j", "J", "row", -1, "board power over time: the check on energy_j"
+    ),
+    Metric(
+        "compute/module_energy_j",
+        "J",
+        "row",
+        -1,
+        "energy of the module that a superchip's GPU shares with a CPU, both and memory together",
     ),
     Metric(
         "compute/power_w_mean",
@@ -242,7 +250,8 @@ CATALOGUE: tuple[Metric, ...] = (
         "1",
         "row",
         0,
-        "share of the time at the board's power limit, which many boards work at; no throttling",
+        "share of the time at the power limit that the driver enforces, by its counter: many boards"
+        " work there, it is no throttling",
     ),
     Metric(
         "compute/foreign_load",

@@ -131,6 +131,7 @@ class UsageRecord(_Counters):
 
     energy_j: Figure
     power_cap_share: Figure
+    module_energy_j: Figure
     problems: list[str]
 
 
@@ -140,6 +141,7 @@ class Conditions(_Counters):
     """
 
     power_cap_share: NotRequired[Figure]
+    module_energy_j: NotRequired[Figure]
     problems: list[str]
     meter_overhead: Figure
     truncated: bool

@@ -19,10 +19,16 @@ class Reading:
 
     Attributes:
         at_ns: Monotonic clock.
-        energy_mj: Millijoules of the whole board since the driver was loaded.
+        energy_mj: Millijoules of the whole board since the driver was loaded; on some superchips of
+            its module.
+        module_power_w: Of the module that a superchip's GPU shares with a CPU.
+        on_superchip: Whether it shares one.
         power_is_mean: Whether power is the mean of the last second, not that of the moment.
         busy: Share of NVML's last sampling period in which a kernel ran.
+        memory_used_bytes: Without what the driver reserves for itself.
         throttle: Bit mask of reasons for lower clocks.
+        power_capped_ns: Nanoseconds, since the driver was loaded, for which the power limit held
+            clocks down.
         foreign_processes: Processes with a context beyond the job's own.
         sm_active: Share of the time since the reading before in which an SM had a warp;
             `tensor_active` and `dram_active` likewise. `nvlink_bytes_per_s` and `pcie_bytes_per_s`
@@ -33,6 +39,8 @@ class Reading:
     uuid: str
     energy_mj: float | None = None
     power_w: float | None = None
+    module_power_w: float | None = None
+    on_superchip: bool = False
     power_is_mean: bool = False
     busy: float | None = None
     memory_used_bytes: float | None = None
@@ -40,6 +48,7 @@ class Reading:
     memory_clock_mhz: float | None = None
     temperature_c: float | None = None
     throttle: int | None = None
+    power_capped_ns: int | None = None
     foreign_processes: int | None = None
     sm_active: float | None = None
     tensor_active: float | None = None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.ledger.attempted import attempted
-from pipeline.ledger.devices.cuda.nvml import memory_used
+from pipeline.ledger.devices.cuda.questions import memory_used
 
 POLL_S = 0.25  # while a GPU has not been used; afterwards it is not asked any more
 # a context takes hundreds of MiB; without one, memory in use hardly moves

@@ -13,9 +13,10 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.ledger.attempted import attempted
 from pipeline.ledger.devices.cuda.device import Cuda
-from pipeline.ledger.devices.cuda.nvml import initialised, open_reader
+from pipeline.ledger.devices.cuda.handles import initialised
+from pipeline.ledger.devices.cuda.nvml import open_reader
 from pipeline.ledger.gpu_sampler import Sampler
-from pipeline.ledger.gpu_usage import FIGURES, Usage, unread
+from pipeline.ledger.gpu_usage import FIGURES, SHARED_MODULE, Usage, unread
 from pipeline.ledger.others import Load, Others
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.shapes import DevicesUsed, ReportedDevices
@@ -222,6 +223,8 @@ def over_devices(usages: Sequence[Usage]) -> Usage:
         for name in FIGURES
     }
     figures["foreign_load"] = null(NOT_TOLD_APART)
+    if figures["module_energy_j"].value is not None:
+        figures["module_energy_j"] = null(SHARED_MODULE)
     return Usage(
         **figures,
         throttle_reasons=tuple(

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ledger.attempted import attempted, unmeasured
-from pipeline.ledger.devices.cuda.nvml import full_uuid, open_reader
+from pipeline.ledger.devices.cuda.handles import full_uuid
+from pipeline.ledger.devices.cuda.nvml import open_reader
 from pipeline.ledger.devices.device import Allocator, Device, Event
 from pipeline.ledger.devices.reader import Absent, Reader
 

@@ -10,21 +10,25 @@ activity (GPM, from Hopper on). What it cannot: which process did what (the driv
 host's numbers). "Utilization" is the share of time in which any kernel ran, 100% for a single
 spinning thread: `sm_active` is what says whether a GPU worked. Power is that of the moment (field
 POWER_INSTANT) where the driver has it: nvmlDeviceGetPowerUsage is the mean of the last second from
-Ampere on (GA100 left out), which lags behind in short windows. On superchips (GH200, GB200) energy
-and power are those of the module, CPU and memory included.
+Ampere on (GA100 left out), which lags behind in short windows. On superchips (GH200, GB200) power
+is the GPU's and, beside it, that of its module, CPU and memory included; the energy counter may be
+either's, which `ledger/gpu_usage.py` tells by comparing. A MIG slice has memory, processes and
+activity of its own; clocks, heat and the power limit are its board's, which it feels; energy, power
+and utilization of the board are not its own.
 Source: NVML API reference, device queries, field values and GPM functions.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.ledger.attempted import attempted, unmeasured
+from pipeline.ledger.devices.cuda import questions
 from pipeline.ledger.devices.cuda.gpm import ACTIVITY, Gpm
+from pipeline.ledger.devices.cuda.handles import Slice, find, initialised, slice_of
 from pipeline.ledger.devices.reader import Absent, Reader, Reading
 from pipeline.ledger.shapes import ReportedDevices
 
@@ -37,26 +41,32 @@ COUNTERS = (
     "memory_clock_mhz",
     "temperature_c",
     "throttle",
+    "power_capped_ns",
     "foreign_processes",
 )
 FIELDS = (*COUNTERS, *ACTIVITY)
-_OF_THE_BOARD = ("energy_mj", "power_w", "busy", "foreign_processes")
-"""What a MIG slice or a virtual GPU shares with its neighbours: the reading is not the job's own.
-"""
+_OF_THE_BOARD = ("energy_mj", "power_w", "busy")
+"""What a MIG slice or a virtual GPU shares with its neighbours: readings are not the job's own."""
+_SHARED = "the counter is the whole board's"
 SUPERCHIPS = ("GH200", "GB200", "GB300")
-"""In the names of boards whose power and energy NVML tells for the whole module."""
-OF_THE_MODULE = "energy and power are of the whole module: its CPU and memory are in them"
+"""In the names of boards whose GPUs share a module, and its power, with a CPU."""
+OF_THE_MODULE = (
+    "energy and power are the GPU's; where its counter is of the whole module (CPU and memory"
+    " are in it), the energy is the GPU's power over time, and the module's stands apart"
+)
+LOST = "the GPU fell off its bus and answers no more: it needs a reset, or its machine a restart"
 
 
 @dataclass(slots=True)
 class _Device:
     uuid: str
     handle: Any
+    board: Any  # the same, of a MIG slice its board's handle; None where that is not told
     gpm: Gpm
-    shared: str | None  # why readings of the board are not the job's own
-    is_slice: bool  # its activity is its own: GPM tells it by slice
-    module: bool  # power and energy are of a superchip's module
-    number: int  # place among the job's devices
+    shared: dict[str, str]  # by figure, why the reading is not the job's own
+    superchip: bool  # shares a module with a CPU
+    averages: bool  # the older question for power is a mean
+    lost: bool = False
 
 
 class NvmlReader:
@@ -80,27 +90,22 @@ class NvmlReader:
     ) -> None:
         self._nvml, self._now_ns, self._own = nvml, now_ns, own_processes
         self.uuids = tuple(handles)
-        self._devices = [
-            self._device(uuid, handle, number)
-            for number, (uuid, handle) in enumerate(handles.items())
-        ]
+        self._devices = [self._device(uuid, handle) for uuid, handle in handles.items()]
 
-    def _device(self, uuid: str, handle: Any, number: int) -> _Device:
-        parent = self._or_none(lambda: _slice(self._nvml, uuid, handle))
-        gpm = Gpm(
-            self._nvml,
-            handle if parent is None else parent[0],
-            None if parent is None else parent[1],
-        )
-        name = str(self._or_none(lambda: self._nvml.nvmlDeviceGetName(handle)) or "")
+    def _device(self, uuid: str, handle: Any) -> _Device:
+        nvml, is_slice = self._nvml, uuid.startswith("MIG-")
+        place = slice_of(nvml, uuid, handle)
+        board = place.board if place is not None else None if is_slice else handle
+        gpm = Gpm(nvml, handle if board is None else board, place and place.instance)
+        name = str(self._or_none(lambda: nvml.nvmlDeviceGetName(handle)) or "")
         return _Device(
             uuid,
             handle,
+            board,
             gpm,
-            _shared(self._nvml, uuid, handle),
-            parent is not None,
+            _of_slice(place) if is_slice else _of_board(nvml, handle),
             any(chip in name for chip in SUPERCHIPS),
-            number,
+            questions.averages_power(nvml, handle if board is None else board),
         )
 
     def read(self) -> tuple[Reading, ...]:
@@ -109,35 +114,43 @@ class NvmlReader:
 
     def _read(self, device: _Device) -> Reading:
         figures: dict[str, Any] = {}
-        missing: dict[str, str] = {}
+        missing = dict(device.shared)
         for name, ask in self._questions(device).items():
-            answer = self._answer(ask, name)
+            if name in missing:
+                continue
+            answer = LOST if device.lost else self._answer(device, ask, name)
             (missing if isinstance(answer, str) else figures)[name] = answer
         if "power_w" in figures:
             figures["power_w"], figures["power_is_mean"] = figures["power_w"]
         at_ns = self._now_ns()
-        activity, gone = device.gpm.read(at_ns)
-        figures |= activity
-        missing |= gone
-        if device.shared is not None:
-            for name in (*_OF_THE_BOARD, *(() if device.is_slice else ACTIVITY)):
-                figures.pop(name, None)
-                missing[name] = device.shared
+        if not device.lost:
+            activity, gone = device.gpm.read(at_ns)
+            figures |= activity
+            missing |= gone
+        missing |= {name: LOST for name in FIELDS if device.lost} | device.shared
+        figures = {name: figure for name, figure in figures.items() if name not in missing}
         if (processes := figures.pop("foreign_processes", None)) is not None:
             if processes < self._own:
                 missing["foreign_processes"] = "NVML does not show this container's processes"
             else:
                 figures["foreign_processes"] = processes - self._own
-        return Reading(at_ns=at_ns, uuid=device.uuid, missing=missing, **figures)
+        if device.superchip:
+            figures["module_power_w"] = self._or_none(lambda: self._module_power(device))
+        return Reading(
+            at_ns=at_ns, uuid=device.uuid, missing=missing, on_superchip=device.superchip, **figures
+        )
 
-    def _answer(self, ask: Callable[[], Any], name: str) -> Any:
-        """Return what a question gives, or a text: why it gives nothing."""
+    def _answer(self, device: _Device, ask: Callable[[], Any], name: str) -> Any:
+        """Return what a question gives, or a text: why it gives nothing. A lost device is not asked
+        again: each question to one may take seconds.
+        """
 
         def said() -> Any:
             try:
                 return ask()
             except self._nvml.NVMLError as error:
-                return f"NVML: {error}"
+                device.lost = error.value == self._nvml.NVML_ERROR_GPU_IS_LOST
+                return LOST if device.lost else f"NVML: {error}"
 
         return attempted(said, lambda why: unmeasured(name, why))
 
@@ -145,59 +158,52 @@ class NvmlReader:
         """Return how each counter is asked for, in the units of `Reading`; power with whether it is
         a mean.
         """
-        nvml, handle = self._nvml, device.handle
+        nvml, handle, board = self._nvml, device.handle, device.board
         return {
             "energy_mj": lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle),
-            "power_w": lambda: self._power(handle, device.module),
+            "power_w": lambda: self._power(device),
             "busy": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-            "memory_used_bytes": lambda: memory_used(nvml, handle),
-            "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-            "temperature_c": lambda: _first(
-                nvml,
-                lambda: nvml.nvmlDeviceGetTemperatureV(handle, nvml.NVML_TEMPERATURE_GPU),
-                lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            ),
-            "throttle": lambda: _first(
-                nvml,
-                lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
-                lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
-            ),
+            "memory_used_bytes": lambda: questions.memory_of_processes(nvml, handle),
+            "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(board, nvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(board, nvml.NVML_CLOCK_MEM),
+            "temperature_c": lambda: questions.temperature_c(nvml, board),
+            "throttle": lambda: questions.clock_reasons(nvml, board),
+            "power_capped_ns": lambda: questions.capped_ns(nvml, board),
             "foreign_processes": lambda: len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
         }
 
-    def _power(self, handle: Any, module: bool) -> tuple[float, bool]:
-        """Return watts, and whether they are the mean of the last second: where a driver has no
-        power of now.
+    def _power(self, device: _Device) -> tuple[float, bool] | str:
+        """Return watts of the GPU, and whether they are the mean of the last second: where a driver
+        has no power of now.
         """
-        nvml = self._nvml
-        return _first(
-            nvml,
-            lambda: (_power_now(nvml, handle, module), False),
-            lambda: (nvml.nvmlDeviceGetPowerUsage(handle) / 1000, True),
-        )
+        nvml, handle = self._nvml, device.handle
+        now = lambda: (questions.power_w(nvml, handle, module=False), False)
+        if device.superchip:  # the older question does not say whose power it is
+            try:
+                return now()
+            except (nvml.NVMLError, AttributeError):
+                return questions.NOT_APART
+        older = lambda: (nvml.nvmlDeviceGetPowerUsage(handle) / 1000, device.averages)
+        return questions.first(nvml, now, older)
+
+    def _module_power(self, device: _Device) -> float | None:
+        if device.lost or device.shared:
+            return None
+        return questions.power_w(self._nvml, device.handle, module=True)
 
     def placement(self) -> ReportedDevices:
         """Return what the driver tells of the devices; None for what it does not."""
-        nvml, first = self._nvml, self._devices[0].handle
-        limits = [
-            self._or_none(lambda d=d: nvml.nvmlDeviceGetPowerManagementLimit(d.handle) / 1000)
-            for d in self._devices
-        ]
+        nvml, devices = self._nvml, self._devices
+        tell = lambda ask: [self._or_none(lambda d=d: ask(nvml, d)) for d in devices]
         return {
             "uuids": list(self.uuids),
-            "device_names": [
-                self._or_none(lambda d=d: nvml.nvmlDeviceGetName(d.handle)) for d in self._devices
-            ],
+            "device_names": tell(lambda nvml, d: nvml.nvmlDeviceGetName(d.handle)),
             "driver": self._or_none(nvml.nvmlSystemGetDriverVersion),
             "cuda_driver": self._or_none(nvml.nvmlSystemGetCudaDriverVersion),
-            "mig": any(
-                device.shared is not None and device.shared.startswith("MIG")
-                for device in self._devices
-            ),
-            "exclusive": self._exclusive(first),
-            "power_limit_w": limits,
-            "power_scope": "module" if any(device.module for device in self._devices) else "board",
+            "mig": any(why.startswith("MIG") for d in devices for why in d.shared.values()),
+            "exclusive": self._exclusive(devices[0].board),
+            "power_limit_w": tell(lambda nvml, d: questions.power_limit_w(nvml, d.board)),
+            "power_scope": "module" if any(d.superchip for d in devices) else "board",
         }
 
     def _exclusive(self, handle: Any) -> str:
@@ -216,60 +222,40 @@ class NvmlReader:
         self._or_none(self._nvml.nvmlShutdown)
 
 
-def _first(nvml: Any, ask: Callable[[], Any], older: Callable[[], Any]) -> Any:
-    """Return what the newer of two questions gives, or the older one where driver or library lack
-    the newer.
-    """
-    try:
-        return ask()
-    except (nvml.NVMLError, AttributeError):
-        return older()
+def _each(names: Sequence[str], why: str) -> dict[str, str]:
+    return dict.fromkeys(names, why)
 
 
-def _power_now(nvml: Any, handle: Any, module: bool) -> float:
-    """Return watts at this moment, of the board or of a superchip's module."""
-    scope = nvml.NVML_POWER_SCOPE_MODULE if module else nvml.NVML_POWER_SCOPE_GPU
-    field = nvml.nvmlDeviceGetFieldValues(handle, [(nvml.NVML_FI_DEV_POWER_INSTANT, scope)])[0]
-    if field.nvmlReturn != nvml.NVML_SUCCESS:
-        raise nvml.NVMLError(field.nvmlReturn)
-    return field.value.uiVal / 1000
+def _of_slice(place: Slice | None) -> dict[str, str]:
+    """Say which readings are not a MIG slice's own, and why."""
+    shared = _each(_OF_THE_BOARD, f"MIG: {_SHARED}")
+    if place is None:
+        why = "MIG: NVML does not tell this slice's board"
+        of_board = ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "throttle")
+        return shared | _each((*of_board, "power_capped_ns", *ACTIVITY), why)
+    if place.alone is None:
+        return shared | _each(
+            ACTIVITY, "MIG: NVML does not tell who else is counted with this slice"
+        )
+    if not place.alone:
+        return shared | _each(ACTIVITY, "MIG: other compute instances are counted with this slice")
+    return shared
 
 
-def memory_used(nvml: Any, handle: Any) -> int:
-    """Return bytes that processes hold; version 1 of the question counts what the driver reserves,
-    too.
-    """
-    return int(
-        _first(
-            nvml,
-            lambda: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2),
-            lambda: nvml.nvmlDeviceGetMemoryInfo(handle),
-        ).used
-    )
-
-
-def _slice(nvml: Any, uuid: str, handle: Any) -> tuple[Any, int] | None:
-    """Return the board of a MIG slice and the number of its GPU instance; None where it is no
-    slice.
-    """
-    if not uuid.startswith("MIG-"):
-        return None
-    return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(
-        handle
-    ), nvml.nvmlDeviceGetGpuInstanceId(handle)
-
-
-def _shared(nvml: Any, uuid: str, handle: Any) -> str | None:
-    """Say why the board's counters are not this device's own, or None."""
-    if uuid.startswith("MIG-"):
-        return "MIG: the counter is the whole board's"
+def _of_board(nvml: Any, handle: Any) -> dict[str, str]:
+    """Say why a board's counters are not this device's own; nothing where they are."""
     mig = lambda: nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE
     virtual = lambda: (
         nvml.nvmlDeviceGetVirtualizationMode(handle) == nvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU
     )
-    if attempted(mig, lambda _: False):  # a device without MIG does not know the question
-        return "MIG: the counter is the whole board's"
-    return "vGPU: the counter is the whole board's" if attempted(virtual, lambda _: False) else None
+    # a device without either does not know the question
+    kind = next((k for k, is_so in (("MIG", mig), ("vGPU", virtual)) if _asked(is_so)), None)
+    names = (*_OF_THE_BOARD, "foreign_processes", *ACTIVITY)
+    return {} if kind is None else _each(names, f"{kind}: {_SHARED}")
+
+
+def _asked(question: Callable[[], bool]) -> bool:
+    return attempted(question, lambda _: False)
 
 
 # -- opening --------------------------------------------------------------------------------------
@@ -295,52 +281,17 @@ def open_reader(
         handles: dict[str, Any] = {}
         for uuid in uuids:
             try:
-                name, handle = _found(nvml, uuid)
+                name, handle = find(nvml, uuid)
             except nvml.NVMLError as error:
-                return Absent(f"NVML does not know {uuid} ({error})")
+                return Absent(_cannot_open(nvml, uuid, error))
             handles[name] = handle
         return NvmlReader(nvml, handles, own_processes=own_processes, now_ns=now_ns)
 
     return attempted(opened, lambda why: Absent(unmeasured("the GPU's state", why)))
 
 
-def initialised(nvml: Any = None) -> tuple[Any, str]:
-    """Return NVML, ready, with an empty text; else None and why not."""
-
-    def ready() -> tuple[Any, str]:
-        library = nvml
-        if library is None:
-            try:
-                import pynvml as library
-            except ImportError:
-                return None, "nvidia-ml-py is not installed"
-        try:
-            library.nvmlInit()
-        except library.NVMLError as error:
-            return None, f"no NVIDIA driver to ask ({error})"
-        return library, ""
-
-    return attempted(ready, lambda why: (None, unmeasured("the GPU's state", why)))
-
-
-def _found(nvml: Any, uuid: str) -> tuple[str, Any]:
-    """Return a device's UUID as NVML knows it, and its handle: torch tells a slice's without its
-    prefix.
-    """
-    try:
-        return uuid, nvml.nvmlDeviceGetHandleByUUID(uuid)
-    except nvml.NVMLError:
-        if not uuid.startswith("GPU-"):
-            raise
-        slice_uuid = f"MIG-{uuid.removeprefix('GPU-')}"
-        return slice_uuid, nvml.nvmlDeviceGetHandleByUUID(slice_uuid)
-
-
-def full_uuid(uuid: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Return a UUID as torch tells it with its prefix: `MIG-` where the environment names such a
-    slice, else `GPU-`.
-    """
-    if uuid.startswith(("GPU-", "MIG-")):
-        return uuid
-    visible = [entry.strip() for entry in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    return f"MIG-{uuid}" if f"MIG-{uuid}" in visible else f"GPU-{uuid}"
+def _cannot_open(nvml: Any, uuid: str, error: Any) -> str:
+    if error.value == nvml.NVML_ERROR_GPU_IS_LOST:
+        return f"NVML cannot open {uuid}: {LOST}"
+    known = "does not know" if error.value == nvml.NVML_ERROR_NOT_FOUND else "cannot open"
+    return f"NVML {known} {uuid} ({error})"
