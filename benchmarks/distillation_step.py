@@ -65,7 +65,8 @@ from pipeline.ledger.memory import MemoryMeter
 from pipeline.ledger.phases import PhaseClock
 from pipeline.tasks.table import Task
 from pipeline.training.loop import Hooks, train
-from pipeline.training.objective import Objective, Teacher, examine
+from pipeline.training.objective import Objective, Teacher
+from pipeline.training.reading import examine
 
 WARM_UP = 3  # steps before the clock of a block starts
 DOCUMENTS = 4096
@@ -173,7 +174,7 @@ def ours(
         Encoded(ids, targets(ids), 0, None, str(at)) for at, ids in enumerate(documents(shape))
     ]
     batches = PackedBatches(encoded, sequence_length=shape.length, batch_size=batch, seed=0)
-    masked = [examine(model, device).masked for model in (student, teacher)]
+    read = [examine(model, device) for model in (student, teacher)]
     clock = PhaseClock()
     objective = Objective(
         student,
@@ -181,8 +182,8 @@ def ours(
         precision,
         device,
         clock,
-        Teacher(teacher, precision, Loss(0.0), masked=masked[1]),
-        masked=masked[0],
+        Teacher(teacher, precision, Loss(0.0), read[1]),
+        read=read[0],
     )
     objective.head_loss = head
     if compiled:
@@ -415,15 +416,15 @@ def agreement(shape: Shape, device: torch.device) -> float | None:
         theirs = float(trainer.compute_loss(trainer.model, padded))
     student, teacher = shape.models(device)
     precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
-    masked = [examine(model, device).masked for model in (student, teacher)]
+    read = [examine(model, device) for model in (student, teacher)]
     objective = Objective(
         student,
         Task.causal_lm,
         precision,
         device,
         PhaseClock(),
-        Teacher(teacher, precision, Loss(0.0), masked=masked[1]),
-        masked=masked[0],
+        Teacher(teacher, precision, Loss(0.0), read[1]),
+        read=read[0],
     )
     total = count = 0.0
     for row in rows:

@@ -41,8 +41,9 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.precision_choice import choose_precision
 from pipeline.tasks.table import Task
 from pipeline.training.loop import train
-from pipeline.training.objective import Objective, examine
+from pipeline.training.objective import Objective
 from pipeline.training.precision import why_not
+from pipeline.training.reading import examine
 
 REFERENCE = "trainer, bf16"
 NEAR = 1.03  # of the best fixed choice's time
@@ -119,7 +120,7 @@ def ours(shape: Shape, device: torch.device, precision: Precision, *, compiled: 
     """Return blocks of this project's loop."""
     model, batches = shape.model(device), batches_of(shape)
     objective = Objective(
-        model, Task.causal_lm, precision, device, PhaseClock(), masked=examine(model, device).masked
+        model, Task.causal_lm, precision, device, PhaseClock(), read=examine(model, device)
     )
     config = PrecisionConfig(name=precision, fp8_least_width=shape.fp8_least_width)
     if compiled:
@@ -223,12 +224,7 @@ def probes(shape: Shape, device: torch.device, count: int) -> list[dict[str, Any
     for seed in range(count):
         model = shape.model(device, seed)
         objective = Objective(
-            model,
-            Task.causal_lm,
-            Precision.auto,
-            device,
-            PhaseClock(),
-            masked=examine(model, device).masked,
+            model, Task.causal_lm, Precision.auto, device, PhaseClock(), read=examine(model, device)
         )
         config = PrecisionConfig(name=Precision.auto, fp8_least_width=shape.fp8_least_width)
         before = time.perf_counter()

@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.models.load import save_model
 from pipeline.models.student import make_student, stack_layers
 from pipeline.tasks.table import Task
-from pipeline.training.objective import examine
+from pipeline.training.reading import examine
 
 TABLE = Path(__file__).resolve().parent.parent / "docs/supported.md"
 ANSWERS = ("trained", "student cut", "stacked", "classifies")

@@ -28,7 +28,8 @@ from pipeline.models.student import choose_layers
 from pipeline.stages.distill import DistillStage
 from pipeline.stages.train import TrainStage
 from pipeline.tasks.table import Task
-from pipeline.training.objective import Objective, Teacher, document_mask
+from pipeline.training.objective import Objective, Teacher
+from pipeline.training.reading import Apart, Examined, document_mask
 from pipeline.training.selfcheck import gradient_share
 
 WIDE = TinyShape(hidden_size=128, layers=4, heads=2, intermediate_size=128)
@@ -50,8 +51,9 @@ def objective_for(
     signal = HiddenSignal(pairs or layer_pairs(None, 2, 4, KEY), (64, 128), weight)
     if double:
         model, teacher, signal = model.double(), teacher.double(), signal.double()
-    taught = Teacher(teacher, Precision.fp32, Loss(ce_weight), masked=masked)
-    objective = Objective(model, task, Precision.fp32, CPU, PhaseClock(), taught, masked=masked)
+    read = Examined(apart=Apart.mask if masked else Apart.positions)
+    taught = Teacher(teacher, Precision.fp32, Loss(ce_weight), read)
+    objective = Objective(model, task, Precision.fp32, CPU, PhaseClock(), taught, read=read)
     objective.hidden = signal
     return objective
 

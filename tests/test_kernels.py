@@ -25,7 +25,8 @@ from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.head_choice import choose_head, probe_heads
 from pipeline.tasks.table import Task
-from pipeline.training.objective import Objective, Teacher, examine
+from pipeline.training.objective import Objective, Teacher
+from pipeline.training.reading import examine
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 needs_liger = pytest.mark.skipif(not HAS_LIGER, reason="liger-kernel is not installed")
@@ -202,16 +203,9 @@ def test_liger_is_refused_where_logits_are_more_than_a_product(student: str, tea
     """
     models = made(student), made(teacher, seed=1)
     examined = [examine(each, CPU) for each in models]
-    taught = Teacher(models[1], Precision.fp32, Loss(0.3), examined[1].masked, examined[1].head)
+    taught = Teacher(models[1], Precision.fp32, Loss(0.3), examined[1])
     objective = Objective(
-        models[0],
-        Task.causal_lm,
-        Precision.fp32,
-        CPU,
-        PhaseClock(),
-        taught,
-        masked=examined[0].masked,
-        head=examined[0].head,
+        models[0], Task.causal_lm, Precision.fp32, CPU, PhaseClock(), taught, read=examined[0]
     )
     with pytest.raises(
         UserError, match=r"stages.s.head: Liger computes .* plain product"
@@ -234,9 +228,7 @@ def test_liger_is_refused_where_logits_are_more_than_a_product(student: str, tea
 def test_a_kernel_has_no_effect_where_logits_are_held_in_full() -> None:
     model = made("bert")
     own = examine(model, CPU)
-    objective = Objective(
-        model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=own.masked, head=own.head
-    )
+    objective = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), read=own)
     said = choose_head("stages.s.head", HeadKernel.torch, objective, None, settings())
     assert said == "head=torch has no effect: logits are held in full"
     assert choose_head("stages.s.head", HeadKernel.auto, objective, None, settings()) is None

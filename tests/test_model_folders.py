@@ -64,7 +64,7 @@ from pipeline.models.weights import check_finite, refuse_not_finite
 from pipeline.runs.base_model import base_artifact, is_remade
 from pipeline.store.artifacts import Store
 from pipeline.tasks.table import Task
-from pipeline.training.objective import examine
+from pipeline.training.reading import examine
 
 CLASSES, CAUSAL = Task.sequence_classification, Task.causal_lm
 SAME: dict[str, Any] = {

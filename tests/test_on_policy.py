@@ -34,6 +34,7 @@ from pipeline.stages.step_flops import StepFlops
 from pipeline.stages.train import TrainStage
 from pipeline.tasks.table import Task
 from pipeline.training.objective import Objective, Teacher
+from pipeline.training.reading import Apart, Examined
 
 END = 2
 DISTIL = [arg.replace("distill_cached", "distill") for arg in TINY]
@@ -154,9 +155,10 @@ def test_the_same_step_writes_the_same_and_moves_no_generator() -> None:
 def objective_for(**changes: Any) -> Objective:
     student, teacher = tiny(Task.causal_lm), tiny(Task.causal_lm, seed=1).eval()
     teacher.requires_grad_(requires_grad=False)
-    taught = Teacher(teacher, Precision.fp32, Loss(**{"ce_weight": 0.5, **changes}), masked=True)
+    read = Examined(apart=Apart.mask)
+    taught = Teacher(teacher, Precision.fp32, Loss(**{"ce_weight": 0.5, **changes}), read)
     objective = Objective(
-        student, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), taught, masked=True
+        student, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), taught, read=read
     )
     objective.writing = writing()
     return objective

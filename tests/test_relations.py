@@ -39,7 +39,8 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.models.load import load_model
 from pipeline.stages.distill import DistillStage
 from pipeline.tasks.table import Task
-from pipeline.training.objective import Objective, Teacher, document_mask
+from pipeline.training.objective import Objective, Teacher
+from pipeline.training.reading import Apart, Examined, document_mask
 
 Batch = dict[str, torch.Tensor]
 KEY = "stages.student"
@@ -96,9 +97,9 @@ def objective_for(
     masked: bool = True,
 ) -> Objective:
     student, teacher = (model.double() for model in pair(task))
-    masked = masked and task is Task.causal_lm
-    taught = Teacher(teacher, Precision.fp32, Loss(0.5), masked=masked)
-    objective = Objective(student, task, Precision.fp32, CPU, PhaseClock(), taught, masked=masked)
+    read = Examined(apart=Apart.mask if masked and task is Task.causal_lm else Apart.positions)
+    taught = Teacher(teacher, Precision.fp32, Loss(0.5), read)
+    objective = Objective(student, task, Precision.fp32, CPU, PhaseClock(), taught, read=read)
     objective.relations = relation_signal(
         student, teacher, layer=layer, heads=heads, weight=weight, key=KEY
     )

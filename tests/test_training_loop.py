@@ -41,13 +41,18 @@ from pipeline.training.objective import (
     Objective,
     Teacher,
     check_tokenizers,
-    document_mask,
-    examine,
-    hidden_states,
     parameter_hash,
     shared_vocabulary,
 )
 from pipeline.training.precision import arithmetic, round_weights, why_not
+from pipeline.training.reading import (
+    Apart,
+    Examined,
+    as_read_by,
+    document_mask,
+    examine,
+    hidden_states,
+)
 from pipeline.training.schedule import factor, is_constant
 from pipeline.training.selfcheck import check_teacher, gradient_share
 
@@ -501,15 +506,17 @@ def test_a_teacher_that_knows_no_more_is_refused(metric: str, theirs: float, sta
     check_teacher("stages.student", "accuracy", 0.6, 0.5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_packed_batch_has_the_loss_of_its_documents_alone(masked: bool) -> None:
+@pytest.mark.parametrize("apart", [Apart.lengths, Apart.mask, Apart.positions])
+def test_a_packed_batch_has_the_loss_of_its_documents_alone(apart: Apart) -> None:
     """Nothing is read across a boundary, and no first token of a document is predicted from the one
     before.
     """
     documents = random_documents([7, 12, 13])
     model = tiny(Task.causal_lm).eval()
     batch = PackedBatches(documents, sequence_length=32, batch_size=1, seed=0).batch(0)
-    done = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=masked)(batch)
+    read = examine(model, CPU) if apart is Apart.lengths else Examined(apart=apart)
+    assert read.apart is apart
+    done = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), read=read)(batch)
     total, count = 0.0, 0
     for document in documents:
         ids = torch.from_numpy(document.input_ids).long()[None]
@@ -521,11 +528,10 @@ def test_a_packed_batch_has_the_loss_of_its_documents_alone(masked: bool) -> Non
     assert done.loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_documents_are_masked_where_a_model_takes_it_and_sees_all() -> None:
+def test_documents_are_masked_where_attention_was_asked_for_by_name_and_sees_all() -> None:
     """A layer that sees a window only would see more with one mask for all layers; that model is
     told positions.
     """
-    assert examine(tiny(Task.causal_lm), CPU).masked
     shape = {
         "vocab_size": 50,
         "hidden_size": 32,
@@ -535,12 +541,12 @@ def test_documents_are_masked_where_a_model_takes_it_and_sees_all() -> None:
         "intermediate_size": 64,
         "head_dim": 16,
     }
-    for sliding in (None, 4):
+    for sliding, apart in ((None, Apart.mask), (4, Apart.positions)):
         config = MistralConfig(**shape, sliding_window=sliding)
-        assert examine(MistralForCausalLM(config).eval(), CPU).masked is (sliding is None)
-    eager = LlamaForCausalLM._from_config(LlamaConfig(**shape), attn_implementation="eager")
-    # it adds its mask to the scores: truth values would be read as 0 and 1
-    assert examine(eager.eval(), CPU).masked
+        model = MistralForCausalLM._from_config(config, attn_implementation="eager")
+        # it adds its mask to the scores: truth values would be read as 0 and 1
+        assert examine(model.eval(), CPU).apart is apart
+        assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("window", [3, 128])
@@ -565,7 +571,7 @@ def test_a_model_of_two_kinds_of_layers_that_reads_no_positions_gets_a_mask_of_e
     )
     torch.manual_seed(0)
     model = transformers.GptOssForCausalLM(config).eval()
-    assert examine(model, CPU).masked
+    assert examine(model, CPU).apart is Apart.mask
     parts = [torch.randint(3, 50, (1, length)) for length in (8, 5)]
     positions = torch.cat([torch.arange(8), torch.arange(5)])[None]
     with torch.no_grad():
@@ -573,8 +579,10 @@ def test_a_model_of_two_kinds_of_layers_that_reads_no_positions_gets_a_mask_of_e
             [model.base_model(part, use_cache=False).last_hidden_state for part in parts], 1
         )
         inputs = {"input_ids": torch.cat(parts, 1), "position_ids": positions}
-        packed = hidden_states(model, inputs, document_mask(positions))
-        shifted = hidden_states(model, inputs, document_mask(positions.roll(1)))
+        packed, shifted = (
+            hidden_states(model, inputs, {"attention_mask": as_read_by(model, document_mask(at))})
+            for at in (positions, positions.roll(1))
+        )
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
     assert (shifted - alone).abs().max() > 1e-3
 

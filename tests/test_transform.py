@@ -22,8 +22,9 @@ from pipeline.distillation.transform import Transform, Unknown, nothing_is_zero,
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.tasks.table import Task
-from pipeline.training import objective as objective_module
-from pipeline.training.objective import Objective, Teacher, examine
+from pipeline.training import reading
+from pipeline.training.objective import Objective, Teacher
+from pipeline.training.reading import Apart, Documents, examine
 from pipeline.training.selfcheck import gradient_share
 
 CPU = torch.device("cpu")
@@ -93,16 +94,9 @@ def compare(
     taught = None
     if teacher is not None:
         theirs = examine(teacher, CPU)
-        taught = Teacher(teacher, Precision.fp32, loss, theirs.masked, theirs.head)
+        taught = Teacher(teacher, Precision.fp32, loss, theirs)
     objective = Objective(
-        student,
-        Task.causal_lm,
-        Precision.fp32,
-        CPU,
-        PhaseClock(),
-        taught,
-        masked=own.masked,
-        head=own.head,
+        student, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), taught, read=own
     )
     objective.head_loss = kernel_of(kernel)
     done = objective(batch())
@@ -175,16 +169,15 @@ def test_entries_of_a_cache_meet_the_students_own_logits(name: str) -> None:
     own = examine(student, CPU)
     t = 5 * torch.randn(sum(LENGTHS) - 2, 99, generator=torch.Generator().manual_seed(2))
     p = t.softmax(-1)
-    objective = Objective(
-        student, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=own.masked, head=own.head
-    )
+    objective = Objective(student, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), read=own)
     objective.vocabulary, objective.loss = 99, Loss(0.3)
     everything = Sparse(torch.arange(99).expand(len(t), 99), p, torch.special.entr(p).sum(-1))
     keep = (given["labels"].flatten() != IGNORE).nonzero().flatten()
     labels = given["labels"].flatten()[keep]
     inputs = {name: given[name] for name in ("input_ids", "position_ids")}
+    documents = Documents.of(inputs["position_ids"], inputs["position_ids"])
     with objective.clock.phase("other"):
-        done = objective._causal(inputs, keep, labels, everything, objective.loss)
+        done = objective._causal(inputs, documents, keep, labels, everything, objective.loss)
     wanted = definition(own_logits(student, given), t, labels, objective.loss) / len(labels)
     assert done.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
@@ -319,26 +312,35 @@ def test_logits_of_which_nothing_can_be_learnt_are_refused() -> None:
 # -- documents ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["opt", "falcon", "biogpt", "ctrl", "granite"])
-def test_a_mask_that_makes_documents_equal_to_documents_alone_is_enough(name: str) -> None:
-    """Whatever the model would read without one."""
-    assert examine(made(name), CPU).masked
+@pytest.mark.parametrize(
+    ("name", "apart"),
+    [
+        ("opt", Apart.lengths),
+        ("falcon", Apart.mask),
+        ("biogpt", Apart.lengths),
+        ("ctrl", Apart.lengths),
+        ("granite", Apart.lengths),
+    ],
+)
+def test_what_makes_documents_equal_to_documents_alone_is_enough(name: str, apart: Apart) -> None:
+    """Whatever the model would read without it."""
+    assert examine(made(name), CPU).apart is apart
 
 
 @pytest.mark.parametrize("name", ["opt", "ctrl", "granite"])
 def test_a_boundary_one_token_off_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a model that adds nothing to its residual stream yet: what it will read is seen."""
-    right = objective_module.document_mask
-    monkeypatch.setattr(
-        objective_module, "document_mask", lambda positions: right(positions.roll(1))
-    )
+    for told in ("document_mask", "bounds_of"):
+        right = getattr(reading, told)
+        shifted = lambda positions, right=right: right(positions.roll(1))
+        monkeypatch.setattr(reading, told, shifted)
     model = made(name)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if any(part in parameter_name for part in ("o_proj", "out_proj", "attention.dense")):
                 parameter.zero_()
     if name != "opt":  # they find the documents in their positions, too
-        assert not examine(model, CPU).masked
+        assert examine(model, CPU).apart is Apart.positions
         return
     assert not examine(model, CPU).packs
 
@@ -352,7 +354,7 @@ def test_positions_by_distance_are_right_under_a_mask_that_is_added() -> None:
     """MPT's attention is eager, and its positions (ALiBi) are distances: the same in every
     document.
     """
-    assert examine(made("mpt"), CPU).masked
+    assert examine(made("mpt"), CPU).apart is Apart.mask
 
 
 # -- the transform itself -------------------------------------------------------------------------
@@ -374,9 +376,7 @@ def test_slopes_equal_autograd(transform: Transform) -> None:
 def test_full_logits_are_said_with_their_memory() -> None:
     model = made("bert")
     own = examine(model, CPU)
-    objective = Objective(
-        model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), masked=own.masked, head=own.head
-    )
+    objective = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), read=own)
     [said] = objective.full_logits(2**20)
     assert said.startswith("BertLMHeadModel: logits and their gradient are held in full, 792 MiB")
     assert "another function of its hidden states" in said

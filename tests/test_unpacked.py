@@ -26,7 +26,8 @@ from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.load import save_model
 from pipeline.tasks.table import Task
-from pipeline.training.objective import Objective, Teacher, examine
+from pipeline.training.objective import Objective, Teacher
+from pipeline.training.reading import Examined, examine
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {"vocab_size": 259, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -101,14 +102,12 @@ def test_the_loss_is_that_of_each_document_as_it_is_scored_and_served(kind: str)
     model = made(kind)
     own = examine(model, CPU)
     assert not own.packs
-    objective = Objective(
-        model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), packs=False, head=own.head
-    )
+    objective = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), read=own)
     with torch.no_grad():
         found = objective(batch_of(TEXTS, 16, apart=True))
         assert float(found.loss) == pytest.approx(plain_loss(model, TEXTS, 16), rel=1e-5)
         taken_at_its_word = Objective(
-            model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), head=own.head
+            model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), read=Examined(own.head)
         )
         if kind.startswith(("states", "positions", "another")):
             packed = taken_at_its_word(batch_of(TEXTS, 16, apart=False))
@@ -121,18 +120,9 @@ def test_a_teacher_that_packs_teaches_a_student_that_does_not() -> None:
     teacher, student = transformers.LlamaForCausalLM(config).eval(), made("states")
     theirs, ours = examine(teacher, CPU), examine(student, CPU)
     assert (theirs.packs, ours.packs) == (True, False)
-    taught = Teacher(
-        teacher,
-        Precision.fp32,
-        Loss(0.0),
-        masked=theirs.masked,
-        head=theirs.head,
-        packs=theirs.packs,
-    )
+    taught = Teacher(teacher, Precision.fp32, Loss(0.0), theirs)
     clock = PhaseClock()
-    objective = Objective(
-        student, Task.causal_lm, Precision.fp32, CPU, clock, taught, packs=False, head=ours.head
-    )
+    objective = Objective(student, Task.causal_lm, Precision.fp32, CPU, clock, taught, read=ours)
     with torch.no_grad():
         found = objective(batch_of(TEXTS, 64, apart=True))
         kl, count = 0.0, 0

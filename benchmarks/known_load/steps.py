@@ -31,7 +31,8 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.tasks.table import Task
 from pipeline.training.loop import Hooks, Progress, train
-from pipeline.training.objective import Objective, examine
+from pipeline.training.objective import Objective
+from pipeline.training.reading import examine
 
 SLEEP_S, LOOP_SLEEP_S = 0.050, 0.200  # injected into a step
 WARM_STEPS = 2  # of a training, in which libraries set themselves up and may wait
@@ -256,8 +257,8 @@ def training(
         advance=lambda step, tokens: advance(),
         tracer=tracer or StepTracer(),
     )
-    masked = examine(model, device.at).masked
-    objective = Noticed(model, Task.causal_lm, Precision.bf16, device.at, clock, masked=masked)
+    read = examine(model, device.at)
+    objective = Noticed(model, Task.causal_lm, Precision.bf16, device.at, clock, read=read)
     objective.before = before
     with TemporaryDirectory() as folder:
         return train(

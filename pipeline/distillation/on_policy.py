@@ -13,7 +13,7 @@ Shape legend: B rows, P tokens of the longest prompt, G written at most, T = P +
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,12 @@ class Writing:
     seed: int
 
 
+Told = Callable[[Tensor], dict[str, Any]]
+"""What a model's forward pass is given to tell padding from tokens, of their mask (B, T)."""
+
+
 def write(
-    model: Any, prompts: Tensor, mask: Tensor, writing: Writing, step: int
+    model: Any, prompts: Tensor, mask: Tensor, writing: Writing, step: int, told: Told | None = None
 ) -> dict[str, Tensor]:
     """Have `model` go on from prompts; return what it read and wrote as a batch, on the CPU.
 
@@ -54,6 +58,7 @@ def write(
         model: A causal language model; it is in evaluation mode meanwhile.
         prompts: (B, P) token ids on its device, padded on the left.
         mask: (B, P): 1 where a prompt is.
+        told: None: the mask itself.
 
     Returns:
         `input_ids, position_ids, labels` (B, T) as packed windows have them, what a row leaves over
@@ -63,7 +68,8 @@ def write(
     training = model.training
     model.eval()
     try:
-        written, sampled = _sample(model, prompts, mask, writing, step)
+        by = told or (lambda mask: {"attention_mask": mask})
+        written, sampled = _sample(model, prompts, mask, writing, step, by)
     finally:
         model.train(training)
     return _as_batch(prompts.cpu(), mask.cpu().sum(-1), written.cpu(), sampled.cpu())
@@ -71,7 +77,7 @@ def write(
 
 @torch.no_grad()
 def _sample(
-    model: Any, ids: Tensor, mask: Tensor, writing: Writing, step: int
+    model: Any, ids: Tensor, mask: Tensor, writing: Writing, step: int, told: Told
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens written, (B, G) int64, and how many of each row count, (B,)."""
     # Without this a model makes logits of the whole prompt, (B, P, V), of which the last are used.
@@ -92,10 +98,10 @@ def _sample(
     while len(written) < writing.length and not (written and bool(done.all())):
         said = model(
             input_ids=ids,
-            attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
+            **told(mask),
             **last_only,
         )
         logits = said.logits[:, -1, : writing.vocabulary].float() / writing.temperature  # (B, V)

@@ -49,18 +49,16 @@ from pipeline.stages.step_flops import ModelFlops, StepFlops
 from pipeline.stages.training import make_batches, read_encoded
 from pipeline.store.artifacts import check_room, write_json
 from pipeline.tasks.table import Task
-from pipeline.training.objective import (
-    NOT_INPUTS,
+from pipeline.training.objective import NOT_INPUTS, columns_of, full_logits_note
+from pipeline.training.precision import arithmetic, compute_dtype, frozen, round_weights
+from pipeline.training.reading import (
+    Documents,
     Examined,
-    columns_of,
-    document_mask,
     examine,
     full_logits,
-    full_logits_note,
     hidden_states,
     read_inputs,
 )
-from pipeline.training.precision import arithmetic, compute_dtype, frozen, round_weights
 
 if TYPE_CHECKING:
     from pipeline.config.settings.training import TrainingConfig
@@ -351,12 +349,14 @@ def _drawn(source: _Source, batch: dict[str, Tensor], rows: list[int], sizes: li
         logits = logits_of(source.model, inputs)[keep].float()
         chunks = [source.codec.of(logits, chance)]
     else:
-        mask = document_mask(inputs["position_ids"]) if source.examined.masked else None
-        read = full_logits if isinstance(source.examined.head, Unknown) else hidden_states
-        given = read(source.model, read_inputs(inputs, packs=source.examined.packs), mask).flatten(
-            0, 1
-        )[keep]
-        chunks = list(_by_chunks(source, source.examined.head, given, chance))
+        read, documents = (
+            source.examined,
+            Documents.of(inputs["position_ids"], batch["position_ids"]),
+        )
+        give = full_logits if isinstance(read.head, Unknown) else hidden_states
+        told = documents.told(source.model, read, source.precision)
+        given = give(source.model, read_inputs(inputs, read), told).flatten(0, 1)[keep]
+        chunks = list(_by_chunks(source, read.head, given, chance))
     return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
 
 

@@ -63,16 +63,10 @@ from pipeline.store.artifacts import copy_model
 from pipeline.tasks.table import Task
 from pipeline.training.activations import checkpoint_activations
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
-from pipeline.training.objective import (
-    Examined,
-    Objective,
-    Teacher,
-    columns_of,
-    examine,
-    parameter_hash,
-)
+from pipeline.training.objective import Objective, Teacher, columns_of, parameter_hash
 from pipeline.training.precision import arithmetic, round_weights
 from pipeline.training.prefetch import Batches
+from pipeline.training.reading import Examined, examine
 from pipeline.training.schedule import first_row, sequence_length
 from pipeline.training.selfcheck import LEAST_SHARE, check_teacher
 
@@ -223,9 +217,7 @@ def _prepare(
             ctx.device,
             ctx.clock,
             signal,
-            masked=own is not None and own.masked,
-            packs=own is None or own.packs,
-            head=None if own is None else own.head,
+            read=own,
         )
         batches = text
         if distill is not None:
@@ -263,8 +255,7 @@ def _prepare(
 def _examined(teacher: Teacher, own: Examined | None, ctx: Context) -> Teacher:
     """Return the teacher, rounded to its precision, with how it is to be read."""
     if own is not None:
-        found = examine(teacher.model, ctx.device)
-        teacher = replace(teacher, masked=found.masked, head=found.head, packs=found.packs)
+        teacher = replace(teacher, read=examine(teacher.model, ctx.device))
     # After `examine`, which runs without autocast: fp32 states would meet 16-bit weights there.
     round_weights(teacher.model, teacher.precision)
     return teacher
@@ -523,7 +514,9 @@ def read_encoded(
 
 def _apart(own: Examined | None, teacher: Teacher | None) -> bool:
     """Return whether documents need rows of their own: student and teacher read the same rows."""
-    return not all(each is None or each.packs for each in (own, teacher))
+    return not all(
+        each is None or each.packs for each in (own, None if teacher is None else teacher.read)
+    )
 
 
 def _check_writes(own: Examined | None, model: Any, ctx: Context) -> None:

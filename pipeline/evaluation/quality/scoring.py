@@ -2,9 +2,10 @@
 
 Shape legend: B rows of a batch, T tokens of a row, V vocabulary, N scored tokens, D documents.
 
-Scores do not depend on how documents are batched (up to fp32 round-off): padding is masked, on the
-right for language models and as the tokenizer has it for classifiers, every scored token is
-predicted exactly once, and its log-probability is taken in fp32.
+Scores do not depend on how documents are batched (up to fp32 round-off). A language model's padding
+stands on the right, where no scored token reads it, so no mask is made of it; a classifier's is
+masked, on the side that its tokenizer has it. Every scored token is predicted exactly once, and its
+log-probability is taken in fp32.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ def score_causal(
         sequence_length: Tokens that a window reads.
         batch_size: Windows at a time, fewer where their fp32 logits would exceed `LOGIT_BYTES`.
         device: Where the model is.
-        pad_id: Any token of the model's vocabulary; it is masked.
+        pad_id: Any token of the model's vocabulary.
         stride: Tokens that windows beyond a document's first predict: see `cut_windows`.
         other: A model of the same vocabulary, on the same device, to measure the drift from.
 
@@ -317,8 +318,9 @@ def _score_windows(
     """
     import torch
 
-    ids, mask = pad_right([window.ids[:-1] for window in batch], pad_id, device)  # (B, T)
-    read = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    ids = pad_right([window.ids[:-1] for window in batch], pad_id, device)  # (B, T)
+    # No mask: what stands before padding cannot read it, and attention without one is faster.
+    read = {"input_ids": ids, "use_cache": False}
     logits_BTV = model(**read).logits
     theirs_BTV = None if other is None else other(**read).logits
     rows = np.repeat(np.arange(len(batch)), [np.count_nonzero(window.scored) for window in batch])
@@ -459,19 +461,15 @@ def scoring_mode(model: Any) -> Generator[None]:
             module.training = training
 
 
-def pad_right(
-    rows: Sequence[np.ndarray], pad_id: int, device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `rows` as one int64 (B, T) tensor padded on the right, and its attention mask of the
-    same shape.
-    """
+def pad_right(rows: Sequence[np.ndarray], pad_id: int, device: torch.device | str) -> torch.Tensor:
+    """Return `rows` as one int64 (B, T) tensor padded on the right."""
     import torch
 
     lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    ids[mask] = np.concatenate(rows)
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask.astype(np.int64)).to(device)
+    inside = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(inside.shape, pad_id, dtype=np.int64)
+    ids[inside] = np.concatenate(rows)
+    return torch.from_numpy(ids).to(device)
 
 
 def check_vocabulary(model: Any, rows: Iterable[np.ndarray], pad_id: int) -> None:

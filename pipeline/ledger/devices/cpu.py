@@ -6,10 +6,14 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.ledger.attempted import attempted
 from pipeline.ledger.devices.device import Device
 from pipeline.ledger.devices.reader import Absent, Reader
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Cpu(Device):
@@ -39,3 +43,6 @@ class Cpu(Device):
 
     def reader(self, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
         return Absent("a CPU run uses no GPU")
+
+    def takes_lengths(self, dtype: torch.dtype, width: int) -> bool:
+        return True

@@ -198,6 +198,12 @@ class Device(ABC):
         """Return whether it multiplies this dtype faster than fp32; None: only trying tells."""
         return None
 
+    def takes_lengths(self, dtype: torch.dtype, width: int) -> bool:
+        """Return whether attention in this dtype, of heads of this width, can be told where
+        documents begin; else it needs a mask.
+        """
+        return False
+
     def rounds_fp32(self) -> bool:
         """Return whether fp32 matrices are multiplied with less than fp32's precision now."""
         return False

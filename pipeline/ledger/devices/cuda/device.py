@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 WARM_UPS = 2  # runs before a capture: first calls choose kernels and ask for workspaces
+
+# Source: torch.nn.attention, its checks before flash attention.
+FLASH_CAPABILITY = (8, 0)
+WIDEST_FLASH = 256  # of a head
 
 
 class Cuda(Device):
@@ -183,6 +188,15 @@ class Cuda(Device):
 
         return dtype is torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
 
+    def takes_lengths(self, dtype: torch.dtype, width: int) -> bool:
+        """Flash attention does, which computes in 16 bits."""
+        import torch
+
+        if torch.version.hip is not None or not attempted(_has_varlen, lambda _: False):
+            return False
+        fits = dtype in (torch.float16, torch.bfloat16) and width <= WIDEST_FLASH
+        return fits and torch.cuda.get_device_capability(self.at) >= FLASH_CAPABILITY
+
     def rounds_fp32(self) -> bool:
         import torch
 
@@ -252,3 +266,8 @@ class _Event:
 
     def elapsed_time(self, end_event: _Event) -> float:
         return self._event.elapsed_time(end_event._event)
+
+
+def _has_varlen() -> bool:
+    """Return whether torch has attention that takes lengths: from 2.10 on."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
