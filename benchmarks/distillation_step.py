@@ -187,8 +187,8 @@ def ours(
     )
     objective.head_loss = head
     if compiled:
-        student.compile()
-        teacher.compile()
+        student.base_model.compile()
+        teacher.base_model.compile()
 
     def block(steps: int) -> tuple[float, int]:
         edges: list[tuple[float, int]] = []

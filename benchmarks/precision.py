@@ -124,7 +124,7 @@ def ours(shape: Shape, device: torch.device, precision: Precision, *, compiled: 
     )
     config = PrecisionConfig(name=precision, fp8_least_width=shape.fp8_least_width)
     if compiled:
-        model.compile()
+        model.base_model.compile()
 
     def block(steps: int) -> tuple[float, int]:
         edges: list[tuple[float, int]] = []

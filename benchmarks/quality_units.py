@@ -268,7 +268,7 @@ def run_ours(bench: Bench, unit: Unit, base: Path, root: Path) -> tuple[dict[str
         f"training.batch_size={size.batch}",
         f"training.sequence_length={size.length}",
         f"seed={unit.seed}",
-        f"training.compile={str(size.compile).lower()}",
+        f"training.compile={'always' if size.compile else 'never'}",
         "training.eval_every=1000000",
         "training.eval_documents=1",
         "quality.max_documents=2",

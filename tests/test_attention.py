@@ -106,14 +106,18 @@ def within(mask: Tensor, window: int) -> Tensor:
 # -- the operator ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [ROWS, ROWS[1:2], ([24], [24])])
+LONG = ([300, 17, 9, 70], [1, 390, 5], [130, 120, 146])  # some are computed by themselves
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[1:2], ([24], [24]), LONG])
 @pytest.mark.parametrize("window", [0, 1, 4, 8, 24, 99])
 def test_documents_and_their_gradients_are_those_under_a_mask(rows: Any, window: int) -> None:
     positions = positions_of(rows)
-    shape = (len(positions), 3, 24, 8)
+    count, length = positions.shape
     torch.manual_seed(window)
+    shape = (count, 3, length, 8)
     parts = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    slope = torch.randn(len(positions), 24, 3, 8, dtype=torch.float64)
+    slope = torch.randn(count, length, 3, 8, dtype=torch.float64)
     found, _ = document_attention(*parts, bounds_of(positions), window, 0.3)
     wanted = dense(*parts, within(document_mask(positions), window), 0.3)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

@@ -233,7 +233,7 @@ def test_a_kill_while_torch_compiles_is_gone_on_with(
 ) -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a compiler on a CPU")
-    args = ["recipe=baseline", *SMALL, "training.steps=6", "training.compile=true"]
+    args = ["recipe=baseline", *SMALL, "training.steps=6", "training.compile=always"]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "inductor")
     try:
         process = start(tmp_path, *args)

@@ -269,7 +269,7 @@ def test_the_compiled_kernel_reads_a_cached_teacher(dtype: torch.dtype, temperat
 
 
 def test_a_compiled_model_trains(tmp_path: Path) -> None:
-    (row,) = result_of(tmp_path, "recipe=baseline", "training.compile=true")["rows"]
+    (row,) = result_of(tmp_path, "recipe=baseline", "training.compile=always")["rows"]
     assert row["ledger"]["counts"]["steps"]["value"] == 30
 
 

@@ -21,6 +21,7 @@ from pipeline.cli.main import main
 from pipeline.config.settings.distillation import Divergence
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import Compile
 from pipeline.data.batches import IGNORE, PackedBatches, num_tokens
 from pipeline.data.encode import Encoded
 from pipeline.data.prompts import PROMPT_MASK, PartlySampled, Prompts
@@ -363,7 +364,7 @@ def test_losses_of_text_and_of_samples_are_not_held_against_each_other(tmp_path:
         ),
         ({"on_policy": 0.5, "completions": "x"}, "stages.student.on_policy: the teacher judges"),
         (
-            {"on_policy": 0.5, "compile": True},
+            {"on_policy": 0.5, "compile": Compile.always},
             "stages.student.on_policy: writing would compile anew",
         ),
         (

@@ -4,6 +4,7 @@ not done twice.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -15,11 +16,13 @@ from make_assess_models import tiny
 from test_training_loop import CPU, batches_for, run, same, settings, weights
 
 from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.training import Compile
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages import precision_choice
 from pipeline.stages.precision_choice import Tried, choose_precision, decide
 from pipeline.tasks.table import Task
+from pipeline.training import compiling
 from pipeline.training.objective import Objective
 
 FP32, BF16, PURE, FP16 = Precision.fp32, Precision.bf16, Precision.bf16_pure, Precision.fp16
@@ -107,6 +110,73 @@ def probe(model: Any, folder: Path, clock: PhaseClock, **more: Any) -> precision
     assert objective.precision is Precision.auto
     assert objective.clock is clock
     return choice
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected_s", "compiled"),
+    [
+        (Compile.never, 0.0, [False]),
+        (Compile.auto, 1e9, [False]),
+        (Compile.auto, 0.0, [False, True]),
+        (Compile.always, 1e9, [True]),
+    ],
+)
+def test_steps_are_tried_as_the_training_will_run(
+    wanted: Compile,
+    expected_s: float,
+    compiled: list[bool],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`auto` tries compiled steps too where the training is long enough to be compiled."""
+    seen: list[bool] = []
+
+    def trial(model: Any, batches: Any, objective: Objective, *rest: Any) -> Any:
+        seen.append(objective.compiled)
+        return [1.0] * precision_choice.STEPS, [4.0] * precision_choice.STEPS
+
+    monkeypatch.setattr(precision_choice, "trial_steps", trial)
+    monkeypatch.setattr(compiling, "EXPECTED_S", expected_s)
+    objective = Objective(tiny(Task.causal_lm), Task.causal_lm, Precision.auto, CPU, PhaseClock())
+    config = settings(compile=wanted)
+    choice = choose_precision(
+        objective.model,
+        objective,
+        batches_for(config),
+        config,
+        PrecisionConfig(),
+        left_out=[],
+        folder=tmp_path,
+        clock=objective.clock,
+    )
+    assert [key for key, _ in itertools.groupby(seen)] == compiled
+    assert ("all of them compiled" in choice.about["said"]) is compiled[-1]
+    assert not objective.compiled
+
+
+def test_a_compiler_that_fails_leaves_the_eager_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trial(model: Any, batches: Any, objective: Objective, *rest: Any) -> Any:
+        if objective.compiled:
+            raise RuntimeError("no compiler here")
+        return [1.0] * precision_choice.STEPS, [4.0] * precision_choice.STEPS
+
+    monkeypatch.setattr(precision_choice, "trial_steps", trial)
+    objective = Objective(tiny(Task.causal_lm), Task.causal_lm, Precision.auto, CPU, PhaseClock())
+    config = settings(compile=Compile.always)
+    choice = choose_precision(
+        objective.model,
+        objective,
+        batches_for(config),
+        config,
+        PrecisionConfig(),
+        left_out=[],
+        folder=tmp_path,
+        clock=objective.clock,
+    )
+    assert choice.precision is Precision.fp32
+    assert choice.about["said"][-1] == "not compiled: RuntimeError: no compiler here"
 
 
 def test_a_probe_leaves_weights_generators_and_books_as_they_were_but_for_the_search(

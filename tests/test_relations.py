@@ -30,6 +30,7 @@ from transformers import (
 from pipeline.cli.main import main
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import Compile
 from pipeline.data.batches import IGNORE
 from pipeline.distillation import relations
 from pipeline.distillation.losses import Loss
@@ -320,7 +321,7 @@ def test_models_that_do_not_fit_are_refused() -> None:
             "stages.student.relation_weight: needs what a teacher computes",
         ),
         (
-            {"relation_weight": 1.0, "compile": True},
+            {"relation_weight": 1.0, "compile": Compile.always},
             "stages.student.relation_weight: what a compiled model",
         ),
     ],

@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,7 +28,14 @@ from torch import Tensor
 
 from pipeline.config.settings.distillation import Divergence, HeadKernel
 from pipeline.distillation.head import Head, Taught, Terms, head_loss
-from pipeline.distillation.losses import Loss, Sparse, Sums, sparse_terms_in_place, terms_in_place
+from pipeline.distillation.losses import (
+    Loss,
+    Sparse,
+    Sums,
+    block_terms,
+    sparse_terms_in_place,
+    terms_in_place,
+)
 from pipeline.distillation.transform import Transform
 from pipeline.ledger.devices.table import device_of
 
@@ -82,6 +90,12 @@ def kernel_of(kernel: HeadKernel) -> HeadLoss:
 
         return _by(triton_terms.terms_in_place, triton_terms.sparse_terms_in_place)
     return liger_head_loss if kernel is HeadKernel.liger else head_loss
+
+
+def compiled_head() -> HeadLoss:
+    """Return the head of plain torch with what it does to a block of products compiled."""
+    compute = torch.compile(block_terms, dynamic=True)
+    return _by(partial(terms_in_place, compute=compute), sparse_terms_in_place)
 
 
 def _by(live: Terms, cached: Terms) -> HeadLoss:

@@ -138,6 +138,8 @@ def terms_in_place(
     vocabulary: int,
     ours: Transform = PLAIN,
     theirs: Transform = PLAIN,
+    *,
+    compute: Callable[..., tuple[Sums, Tensor]] | None = None,
 ) -> Sums:
     """Replace the student's products by the gradient of the summed loss with respect to them;
     return the sums.
@@ -152,14 +154,33 @@ def terms_in_place(
         vocabulary: Columns that both have; those beyond it get no gradient.
         ours: What makes logits of the student's products.
         theirs: What makes logits of the teacher's.
+        compute: `block_terms`, or what a compiler made of it.
     """
-    exact = torch.promote_types(student.dtype, torch.float32)
 
-    def block(logits: Tensor, part: slice) -> tuple[Sums, Tensor]:
-        taught = None if teacher is None else theirs.logits(teacher[part, :vocabulary].to(exact))
-        return terms(logits, taught, labels[part], loss)
+    def block(tile: Tensor, part: slice) -> tuple[Sums, Tensor]:
+        taught = None if teacher is None else teacher[part, :vocabulary]
+        return (compute or block_terms)(tile, taught, labels[part], loss, ours, theirs)
 
-    return _by_blocks(student, vocabulary, exact, block, ours)
+    return _by_blocks(student, vocabulary, block)
+
+
+def block_terms(
+    tile: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    loss: Loss,
+    ours: Transform,
+    theirs: Transform,
+) -> tuple[Sums, Tensor]:
+    """Return the sums and the gradient with respect to products (n, V), in their dtype.
+
+    All of it is element by element or along a row: a compiler makes a few passes of it.
+    """
+    exact = torch.promote_types(tile.dtype, torch.float32)
+    product = tile.to(exact)
+    taught = None if teacher is None else theirs.logits(teacher.to(exact))
+    sums, gradient = terms(ours.logits(product), taught, labels, loss)
+    return sums, _of_products(gradient, product, ours).to(tile.dtype)
 
 
 def sparse_terms_in_place(
@@ -183,22 +204,27 @@ def sparse_terms_in_place(
     """
     exact = torch.promote_types(student.dtype, torch.float32)
 
-    def block(logits: Tensor, part: slice) -> tuple[Sums, Tensor]:
-        return sparse_terms(logits, teacher.rows(part).to(exact), labels[part], loss)
+    def block(tile: Tensor, part: slice) -> tuple[Sums, Tensor]:
+        product = tile.to(exact)
+        taught = teacher.rows(part).to(exact)
+        sums, gradient = sparse_terms(ours.logits(product), taught, labels[part], loss)
+        return sums, _of_products(gradient, product, ours)
 
-    return _by_blocks(student, vocabulary, exact, block, ours)
+    return _by_blocks(student, vocabulary, block)
+
+
+def _of_products(gradient: Tensor, product: Tensor, ours: Transform) -> Tensor:
+    """Return the gradient with respect to products, of that with respect to their logits."""
+    return gradient if ours.plain else gradient * ours.slope(product)
 
 
 def _by_blocks(
-    student: Tensor,
-    vocabulary: int,
-    exact: torch.dtype,
-    block: Callable[[Tensor, slice], tuple[Sums, Tensor]],
-    ours: Transform,
+    student: Tensor, vocabulary: int, block: Callable[[Tensor, slice], tuple[Sums, Tensor]]
 ) -> Sums:
     """Replace products by their gradient, on a CPU a few rows at a time; sum up what `block` says
     of its rows.
     """
+    exact = torch.promote_types(student.dtype, torch.float32)
     ce, divergence = (torch.zeros((), dtype=exact, device=student.device) for _ in range(2))
     # Padding of the vocabulary takes no part in the softmax, so its gradient is 0.
     student[:, vocabulary:] = 0
@@ -213,12 +239,10 @@ def _by_blocks(
         part = slice(start, start + rows)
         # A view: writing to it below writes into `student`. (n, V)
         tile = student[part, :vocabulary]
-        product = tile.to(exact)
-        sums, gradient = block(ours.logits(product), part)
+        sums, gradient = block(tile, part)
         ce += sums.ce
         divergence += sums.divergence
-        # Chain rule: from logits to the products that they were made of.
-        tile.copy_(gradient if ours.plain else gradient * ours.slope(product))
+        tile.copy_(gradient)
     return Sums(ce, divergence)
 
 
@@ -390,9 +414,10 @@ def _forward_kl(of_q: _Softmax, of_p: _Softmax) -> tuple[Tensor, Tensor]:
     # once an entry here.
     apart = torch.linalg.vecdot(of_p.shares, of_p.shifted - of_q.shifted)[:, None] * of_p.inverse
     value = (apart - of_p.log_total + of_q.log_total).sum()
-    # A token ruled out by the teacher: 0 * inf is no number, 0 * log 0 is 0. Elsewhere than here,
-    # asking would wait.
-    if value.device.type != "cpu" or not torch.isfinite(value):
+    # A token ruled out by the teacher: 0 * inf is no number, 0 * log 0 is 0. Asking whether there
+    # is one would have an accelerator waited for, and a compiler's graph break off.
+    unasked = value.device.type != "cpu" or torch.compiler.is_compiling()
+    if unasked or not torch.isfinite(value):
         p = of_p.shares * of_p.inverse
         value = (p * _where(p, of_p.shifted - of_p.log_total - of_q.shifted + of_q.log_total)).sum()
     gradient = of_q.shares * of_q.inverse

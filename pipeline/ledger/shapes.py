@@ -826,6 +826,7 @@ class About(TypedDict, total=False):
     """
 
     precision: PrecisionChoice
+    compiling: CompileRecord
     search: SearchRecord
     quantization: QuantizationFacts
     recovery: RecoveryRecord
@@ -944,6 +945,28 @@ class Progress(TypedDict):
     history: NotRequired[list[HistoryEntry]]
 
 
+class CompileRecord(TypedDict):
+    """Whether a training ran compiled, and why.
+
+    Attributes:
+        chosen: `compiled` or `eager`; None: it ended before that was known.
+        at_step: Steps taken before it was compiled; None: it was not tried.
+        eager_s, compiled_s: Seconds of a step, median of a few.
+        compile_s: Seconds that compiling took.
+        graphs: Compiled; `breaks`: places where one broke off; `recompiled`: for other shapes.
+    """
+
+    chosen: str | None
+    why: str
+    at_step: int | None
+    eager_s: float | None
+    compiled_s: float | None
+    compile_s: float | None
+    graphs: int
+    breaks: int
+    recompiled: int
+
+
 class ProgressRecord(TypedDict):
     """How far a training came; see `training.loop.Progress`."""
 
@@ -960,6 +983,7 @@ class ProgressRecord(TypedDict):
     smooth: dict[str, float]
     best: dict[str, float]
     curve: list[dict[str, float]]
+    compiling: NotRequired[CompileRecord]
 
 
 class TrainingState(TypedDict):

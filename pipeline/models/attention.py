@@ -12,8 +12,9 @@ Shape legend: B rows, H heads (G of keys), T tokens, K keys, D width of a head, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -288,38 +289,93 @@ def _seen(
 
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-Part = tuple[slice, slice, slice]
-"""Rows, queries and keys that are computed at once."""
+STEPS = (16, 32, 64, 128, 192, 256)
+"""Tokens that short documents are filled up to, so that many are computed at once."""
 
 
-def _parts(bounds: Tensor, tokens: int, window: int) -> Iterator[Part]:
-    """Yield what is computed at once: rows of one document together; where a window is shorter than
-    a document, as many queries as it has tokens.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows, queries and keys that are computed at once: all of a document, or as many queries as
+    its window has tokens.
+
+    Attributes:
+        band: Added to its scores, (T, K); None: it is causal and no more.
     """
-    ends = bounds.tolist()
+
+    rows: slice
+    queries: slice
+    keys: slice
+    band: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Short documents that are computed at once, filled up behind their ends.
+
+    Attributes:
+        tokens: (N, T) int64 among B * T: what stands where; behind an end, the last token again,
+            which no earlier one reads.
+        inside: (N, T) bool: what is of a document.
+        own: int64: the tokens that are, one after the other.
+    """
+
+    tokens: Tensor
+    inside: Tensor
+    own: Tensor
+
+
+@lru_cache(maxsize=16)
+def _plan(ends: tuple[int, ...], tokens: int, window: int) -> tuple[_Part | _Group, ...]:
+    """Return what is computed at once, of documents with these bounds in rows of `tokens`."""
     if len(ends) - 1 == ends[-1] // tokens and not 0 < window < tokens:
-        yield slice(None), slice(0, tokens), slice(0, tokens)
-        return
+        whole = slice(0, tokens)
+        return (_Part(slice(None), whole, whole),)
+    parts: list[_Part | _Group] = []
+    short: dict[int, list[tuple[int, int]]] = {}
     for start, end in itertools.pairwise(ends):
-        row = slice(start // tokens, start // tokens + 1)
-        first, last = start % tokens, start % tokens + end - start
-        step = window if 0 < window < last - first else last - first
-        for at in range(first, last, step):
-            to = min(at + step, last)
-            yield row, slice(at, to), slice(max(first, at - window + 1) if window else first, to)
+        length = end - start
+        size = next((step for step in STEPS if length <= step), None)
+        if size is not None and not 0 < window < length:
+            short.setdefault(size, []).append((start, end))
+        else:
+            parts += _parts(start, end, tokens, window)
+    for size, documents in short.items():
+        if len(documents) > 1:
+            parts.append(_group(documents, size))
+        else:
+            parts += _parts(*documents[0], tokens, window)
+    return tuple(parts)
 
 
-def _band(part: Part, window: int, like: Tensor) -> Tensor | None:
-    """Return what is added to the scores of a part so that its window is kept, (T, K); None where
-    it is causal and no more.
-    """
-    _, queries, keys = part
+def _parts(start: int, end: int, tokens: int, window: int) -> Iterator[_Part]:
+    row = slice(start // tokens, start // tokens + 1)
+    first, last = start % tokens, start % tokens + end - start
+    step = window if 0 < window < last - first else last - first
+    for at in range(first, last, step):
+        to = min(at + step, last)
+        keys = slice(max(first, at - window + 1) if window else first, to)
+        yield _Part(row, slice(at, to), keys, _band(slice(at, to), keys, window))
+
+
+def _band(queries: slice, keys: slice, window: int) -> Tensor | None:
     if queries.start == keys.start and (not window or queries.stop - keys.start <= window):
         return None
-    at = torch.arange(keys.start, keys.stop)
-    ahead = torch.arange(queries.start, queries.stop)[:, None] - at
+    ahead = torch.arange(queries.start, queries.stop)[:, None] - torch.arange(keys.start, keys.stop)
     hidden = (ahead < 0) | (ahead >= window)
-    return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+
+def _group(documents: Sequence[tuple[int, int]], size: int) -> _Group:
+    starts, ends = (torch.tensor(each)[:, None] for each in zip(*documents, strict=True))
+    places = starts + torch.arange(min(size, int((ends - starts).max())))
+    inside = places < ends
+    return _Group(torch.minimum(places, ends - 1), inside, places[inside])
+
+
+def _gathered(part: Tensor, group: _Group) -> Tensor:
+    """Return what a group reads of (B, H, T, D), or of (B, T, H, D) transposed: (N, H, T, D)."""
+    flat = part.transpose(1, 2).flatten(0, 1)
+    return flat[group.tokens].transpose(1, 2)
 
 
 @torch.library.custom_op("pipeline::document_attention", mutates_args=())
@@ -334,24 +390,23 @@ def document_attention(
         window: Tokens that a position reads at most, itself included; 0: all of its document.
         scale: Of the scores.
     """
-    rows, heads, tokens, _ = query.shape
-    out = query.new_empty(rows, tokens, heads, value.shape[-1])
-    sums = query.new_empty(
-        rows, tokens, heads, dtype=torch.promote_types(query.dtype, torch.float32)
-    )
-    for part in _parts(bounds, tokens, window):
-        row, queries, keys = part
-        band = _band(part, window, query)
-        given, logs = _forward(
-            query[row, :, queries],
-            key[row, :, keys],
-            value[row, :, keys],
-            0.0,
-            band is None,
-            attn_mask=band,
-            scale=scale,
-        )
-        out[row, queries], sums[row, queries] = given.transpose(1, 2), logs.transpose(1, 2)
+    count, heads, tokens, _ = query.shape
+    out = query.new_empty(count, tokens, heads, value.shape[-1])
+    exact = torch.promote_types(query.dtype, torch.float32)
+    sums = query.new_empty(count, tokens, heads, dtype=exact)
+    flat, flat_sums = out.flatten(0, 1), sums.flatten(0, 1)
+    for part in _plan(tuple(bounds.tolist()), tokens, window):
+        if isinstance(part, _Group):
+            three = (_gathered(each, part) for each in (query, key, value))
+            given, logs = _forward(*three, 0.0, True, scale=scale)
+            flat[part.own] = given.transpose(1, 2)[part.inside]
+            flat_sums[part.own] = logs.transpose(1, 2)[part.inside]
+            continue
+        rows, queries = part.rows, part.queries
+        three = (query[rows, :, queries], key[rows, :, part.keys], value[rows, :, part.keys])
+        band = None if part.band is None else part.band.to(query.dtype)
+        given, logs = _forward(*three, 0.0, band is None, attn_mask=band, scale=scale)
+        out[rows, queries], sums[rows, queries] = given.transpose(1, 2), logs.transpose(1, 2)
     return out, sums
 
 
@@ -379,25 +434,38 @@ def _document_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, given that of the attention (B, T, H, D)."""
     tokens = query.shape[2]
-    grads = tuple(torch.zeros_like(part) for part in (query, key, value))
-    for part in _parts(bounds, tokens, window):
-        row, queries, keys = part
-        band = _band(part, window, query)
+    # (B, T, H, D) in memory, as the products that these are made of have them
+    grads = [torch.zeros_like(each.transpose(1, 2)).contiguous() for each in (query, key, value)]
+    for part in _plan(tuple(bounds.tolist()), tokens, window):
+        if isinstance(part, _Group):
+            three = (_gathered(each, part) for each in (query, key, value))
+            four = (_gathered(each.transpose(1, 2), part) for each in (out, sums[..., None]))
+            slope = _gathered(gradient.transpose(1, 2), part)
+            # what stands behind an end has no part in the loss
+            slope = slope.masked_fill(~part.inside[:, None, :, None], 0)
+            given, logs = four
+            found = _backward(slope, *three, given, logs[..., 0], 0.0, True, scale=scale)
+            for grad, new in zip(grads, found, strict=True):
+                grad.flatten(0, 1)[part.own] = new.transpose(1, 2)[part.inside]
+            continue
+        rows, queries = part.rows, part.queries
+        band = None if part.band is None else part.band.to(query.dtype)
         found = _backward(
-            gradient[row, queries].transpose(1, 2),
-            query[row, :, queries],
-            key[row, :, keys],
-            value[row, :, keys],
-            out[row, queries].transpose(1, 2),
-            sums[row, queries].transpose(1, 2),
+            gradient[rows, queries].transpose(1, 2),
+            query[rows, :, queries],
+            key[rows, :, part.keys],
+            value[rows, :, part.keys],
+            out[rows, queries].transpose(1, 2),
+            sums[rows, queries].transpose(1, 2),
             0.0,
             band is None,
             attn_mask=band,
             scale=scale,
         )
-        for grad, places, new in zip(grads, (queries, keys, keys), found, strict=True):
-            grad[row, :, places] += new  # parts of a window share keys
-    return grads[0], grads[1], grads[2]
+        for grad, places, new in zip(grads, (queries, part.keys, part.keys), found, strict=True):
+            grad[rows, places] += new.transpose(1, 2)  # parts of a window share keys
+    for_query, for_key, for_value = (grad.transpose(1, 2) for grad in grads)
+    return for_query, for_key, for_value
 
 
 @_document_attention_backward.register_fake
@@ -412,7 +480,8 @@ def _gradient_shapes(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    like = [torch.empty_like(each.transpose(1, 2).contiguous()) for each in (query, key, value)]
+    return like[0].transpose(1, 2), like[1].transpose(1, 2), like[2].transpose(1, 2)
 
 
 def _kept(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

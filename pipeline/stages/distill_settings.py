@@ -12,6 +12,7 @@ from pipeline.config.settings.distillation import Divergence, HeadKernel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
 from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import Compile
 from pipeline.errors import UserError
 from pipeline.stages.base import (
     CACHE,
@@ -232,9 +233,9 @@ class DistillSettings(TrainingOverrides):
                 raise UserError(
                     f"{key}.{name}", problem, "train beside a live teacher, or leave it out"
                 )
-        if self.relation_weight and training_settings(self, run).compile:
+        if self.relation_weight and training_settings(self, run).compile is Compile.always:
             problem = "what a compiled model computes inside cannot be read"
-            raise UserError(f"{key}.relation_weight", problem, "set compile: false")
+            raise UserError(f"{key}.relation_weight", problem, "leave compile at auto")
 
     def _check_on_policy(self, key: str, run: Run) -> None:
         if not self.on_policy:
@@ -259,9 +260,9 @@ class DistillSettings(TrainingOverrides):
                 " holds"
             )
             raise UserError(name, problem, "train beside a live teacher, or leave it out")
-        if settings.compile:
+        if settings.compile is Compile.always:
             raise UserError(
-                name, "writing would compile anew for every length", "set compile: false"
+                name, "writing would compile anew for every length", "leave compile at auto"
             )
         for other in ("start_batch_size", "start_sequence_length"):
             if getattr(settings, other) is not None:

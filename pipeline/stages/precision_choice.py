@@ -2,9 +2,9 @@
 fp32.
 
 Every precision that the device can do takes the same first steps from the same weights, in turns,
-on the very path that training takes. Those whose loss stays within a tolerance of fp32's may be
-chosen; the fastest is. Weights and generators are as before afterwards, so that a training with the
-choice is, bit for bit, one that was given it.
+on the very path that training takes: compiled, where the training will be or may be. Those whose
+loss stays within a tolerance of fp32's may be chosen; the fastest is. Weights and generators are as
+before afterwards, so that a training with the choice is, bit for bit, one that was given it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ import torch
 
 from pipeline.compare.statistics import mean_interval
 from pipeline.config.settings.precision import Precision, PrecisionConfig
-from pipeline.config.settings.training import TrainingConfig
-from pipeline.errors import UserError
+from pipeline.config.settings.training import Compile, TrainingConfig
+from pipeline.errors import UserError, one_line
+from pipeline.ledger.attempted import attempted
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.records import CHOICE, read_record
 from pipeline.ledger.shapes import PrecisionChoice, PrecisionTrial
 from pipeline.store.artifacts import write_json
+from pipeline.training.compiling import as_compiled, may_compile, pays
 from pipeline.training.float8 import RECIPES, wide_layers
 from pipeline.training.loop import trial_steps
 from pipeline.training.objective import Objective
@@ -40,6 +43,8 @@ ROUNDS = 6  # trials of each precision, unless the time is up
 # the most that a probe takes: seconds, or a share of the stage's estimate
 LEAST_S, SHARE = 60.0, 0.01
 FILE = "precision.json"
+Trials = Callable[[Sequence["Tried"], Callable[[], int], int], None]
+"""Takes trials of precisions by a clock, at most so many of each."""
 
 
 @dataclass(slots=True)
@@ -161,10 +166,53 @@ def choose_precision(
         }
         refused = [f"not {p.value}: {why}" for p, why in reasons.items() if why is not None]
         tried = [Tried(p) for p, why in reasons.items() if why is None]
-        _try_all(model, objective, batches, settings, config, tried, clock.now_ns)
-        choice = decide(tried, refused, config.loss_tolerance)
+        trials = partial(_try_all, model, objective, batches, settings, config)
+        choice = _decided(trials, tried, refused, objective, settings, config, clock.now_ns)
         write_json(folder / FILE, json.loads(json.dumps(choice.about)))
     return choice
+
+
+def _decided(
+    trials: Trials,
+    tried: list[Tried],
+    refused: list[str],
+    objective: Objective,
+    settings: TrainingConfig,
+    config: PrecisionConfig,
+    now_ns: Callable[[], int],
+) -> Choice:
+    """Return what trials say: of compiled steps, where the training will run compiled or its length
+    makes that worth a try.
+    """
+    certain = settings.compile is Compile.always and may_compile(objective)
+    if not certain:
+        trials(tried, now_ns, ROUNDS)
+        step_s = min(float(np.mean(each.seconds)) for each in tried)
+        wanted = settings.compile is Compile.auto and pays(step_s, settings.steps)
+        if not wanted or not may_compile(objective):
+            return decide(tried, refused, config.loss_tolerance)
+    again = [Tried(each.precision) for each in tried]
+    why = attempted(lambda: _try_compiled(trials, again, objective, settings, now_ns), str)
+    if why is None:
+        choice = decide(again, refused, config.loss_tolerance)
+        choice.about["said"].append("all of them compiled")
+        return choice
+    if certain:
+        trials(tried, now_ns, ROUNDS)
+    return decide(tried, [*refused, f"not compiled: {one_line(why, 160)}"], config.loss_tolerance)
+
+
+def _try_compiled(
+    trials: Trials,
+    tried: list[Tried],
+    objective: Objective,
+    settings: TrainingConfig,
+    now_ns: Callable[[], int],
+) -> None:
+    with as_compiled(objective, settings):
+        for each in tried:  # a graph for each; no time is taken of what that needs
+            trials([Tried(each.precision)], now_ns, 1)
+        trials(tried, now_ns, ROUNDS)
 
 
 def _too_narrow(precision: Precision, objective: Objective, config: PrecisionConfig) -> str | None:
@@ -181,6 +229,7 @@ def _try_all(
     config: PrecisionConfig,
     tried: Sequence[Tried],
     now_ns: Callable[[], int],
+    rounds: int,
 ) -> None:
     started_ns, limit_s = now_ns(), LEAST_S
     # A copy of all weights: every trial starts from the same ones.
@@ -188,7 +237,7 @@ def _try_all(
     usual = objective.precision, objective.clock
     objective.clock = PhaseClock()  # what happens in here is a search, whatever it does
     try:
-        for number in range(ROUNDS):
+        for number in range(rounds):
             # a drift of the machine meets all alike
             for each in tried if number % 2 == 0 else reversed(tried):
                 objective.precision = each.precision

@@ -32,6 +32,7 @@ from pipeline.config.settings.quantization import (
     QatSettings,
 )
 from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import Compile
 from pipeline.errors import UserError
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.shapes import RecoveryRecord
@@ -187,7 +188,7 @@ def _training(stage: QuantizeStage, fallback: Fallback) -> TrainedFallback:
         model=stage.model,
         teacher=stage.model,
         allow_weak_teacher=True,
-        compile=False,
+        compile=Compile.never,
         **{each.name: getattr(own, each.name) for each in fields(own)},
     )
 

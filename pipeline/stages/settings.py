@@ -15,7 +15,7 @@ from pipeline.config.arms import BASE, STUDENT_INIT
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
 from pipeline.config.settings.run import Run
-from pipeline.config.settings.training import OptimizerKind, Schedule, TrainingConfig
+from pipeline.config.settings.training import Compile, OptimizerKind, Schedule, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.stages.base import (
     LIKE,
@@ -65,7 +65,7 @@ class TrainingOverrides(Stage):
     checkpoint_every: Optional[int] = positive(None)
     checkpoint_seconds: Optional[float] = positive(None)
     divergence_factor: Optional[float] = field(default=None, metadata={"above": 1})
-    compile: Optional[bool] = None
+    compile: Optional[Compile] = None
     optimizer: Optional[OptimizerKind] = None
     activation_checkpointing: Optional[bool] = None
     start_batch_size: Optional[int] = positive(None)

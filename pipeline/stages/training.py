@@ -62,6 +62,7 @@ from pipeline.stages.teaching import (
 from pipeline.store.artifacts import copy_model
 from pipeline.tasks.table import Task
 from pipeline.training.activations import checkpoint_activations
+from pipeline.training.compiling import said as compile_said
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import Objective, Teacher, columns_of, parameter_hash
 from pipeline.training.precision import arithmetic, round_weights
@@ -148,10 +149,6 @@ def run_training(
         _check_teaches(distill, ready, validate, settings, ctx)
         key = f"stages.{ctx.stage}.head"
         head = choose_head(key, distill.head, ready.objective, ready.text, settings)
-    # After everything that looks inside the model: counting, examining, probing.
-    if settings.compile:
-        with ctx.clock.phase("compile"):
-            model.compile()
     progress, timeline = _loop(ready, validate, settings, ctx)
     share = _share_of_teacher(distill, ready, settings, ctx)
     with ctx.clock.phase("checkpoint"):
@@ -165,9 +162,13 @@ def run_training(
         per_step = ready.flops.own_per_step(ready.text, settings.steps)
         output = replace(output, flops_per_step=per_step)
     output = ready.flops.add_to(output, progress.flops)
-    said = (*ready.said, choice, head, _epochs_said(settings, ready.num_rows, ctx))
+    compiled = progress.compiling
+    read = _epochs_said(settings, ready.num_rows, ctx)
+    said = (*ready.said, choice, head, compile_said(compiled), read)
     notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
-    about: About = {} if choice is None else {"precision": choice.about}
+    about: About = {"compiling": compiled}
+    if choice is not None:
+        about["precision"] = choice.about
     return replace(output, notes=notes, gpu_timeline=timeline, about=about)
 
 

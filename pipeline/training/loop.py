@@ -26,10 +26,11 @@ from pipeline.errors import BudgetSpent, StageFailed
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.shapes import HistoryEntry, TrainingState
+from pipeline.ledger.shapes import CompileRecord, HistoryEntry, TrainingState
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import kept_of
+from pipeline.training.compiling import Compiling, fresh
 from pipeline.training.float8 import float8_layers
 from pipeline.training.objective import Objective, StepLoss
 from pipeline.training.optimizer import MasterWeights, make_optimizer, masters_of, set_rate
@@ -65,6 +66,7 @@ class Progress:
     smooth: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
+    compiling: CompileRecord = field(default_factory=fresh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ class _Loop:
     Attributes:
         masters: The fp32 weights beside a model that is kept in bf16; None where it is its own.
         pending: Losses that have not reached the host yet, oldest first.
+        latest: The last micro-batch that was computed.
     """
 
     model: Any
@@ -128,6 +131,7 @@ class _Loop:
     hooks: Hooks
     progress: Progress = field(default_factory=Progress)
     pending: deque[Reading] = field(default_factory=deque)
+    latest: deque[dict[str, Tensor]] = field(default_factory=lambda: deque(maxlen=1))
 
     @classmethod
     def of(
@@ -220,6 +224,7 @@ class _Loop:
             # Weighted by targets, the means of the micro-batches add up to the mean of the batch,
             # so that accumulation does not change the gradient.
             self._backward(part, count / sum(counts))
+        self.latest.extend(computed[-1:])
         with clock.phase("optimizer"):
             self._update()
         progress.step += 1
@@ -304,7 +309,14 @@ def train(
         _float8(objective, precision, hooks),
         made_ahead(batches, loop.progress.step, settings.steps, objective.device) as ahead,
     ):
-        _all_steps(loop, ahead, folder)
+        compiling = Compiling(settings, objective, loop.progress.compiling, clock, hooks.say)
+        loop.model.train()  # before it is compiled: dropout is another graph
+        if loop.progress.step < settings.steps:
+            compiling.begin(lambda: _micro_batch(batches.batch(loop.progress.step), settings))
+        try:
+            _all_steps(loop, ahead, folder, compiling)
+        finally:
+            compiling.end()
     if loop.masters is not None:
         loop.masters.restore()
     return loop.progress
@@ -363,7 +375,12 @@ def _float8(
     )
 
 
-def _all_steps(loop: _Loop, batches: Batches, folder: Path) -> None:
+def _micro_batch(batch: dict[str, Tensor], settings: TrainingConfig) -> dict[str, Tensor]:
+    """Return the first micro-batch of a batch."""
+    return {name: tensor.chunk(settings.gradient_accumulation)[0] for name, tensor in batch.items()}
+
+
+def _all_steps(loop: _Loop, batches: Batches, folder: Path, compiling: Compiling) -> None:
     """Take every step that is left, with the evaluations and checkpoints that fall due.
 
     Raises:
@@ -373,17 +390,21 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path) -> None:
     settings, progress, hooks, clock = loop.settings, loop.progress, loop.hooks, loop.clock
     last_saved = time.monotonic()
     eval_every = steps_between_evaluations(settings)
-    loop.model.train()
     while progress.step < settings.steps:
         number = progress.step + 1
         if hooks.tracer.opens_at(number):
             # Readings on their way belong to steps before the trace.
             loop.read(drain=True)
             hooks.tracer.open(clock)
+        if compiling.is_timing:  # what was launched before belongs to the steps before
+            _wait(loop)
         before = clock.now_ns()
         with hooks.tracer.annotate(number):
             loop.step(batches)
-        progress.step_ns += clock.now_ns() - before
+        if compiling.is_timing:
+            _wait(loop)
+        taken_ns = clock.now_ns() - before
+        progress.step_ns += taken_ns
         evaluates = number % eval_every == 0 or number == settings.steps
         traced = hooks.tracer.closes_after(number)
         # Evaluation and trace wait for the device. Draining first books that wait as computing of
@@ -392,7 +413,10 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path) -> None:
         if traced:
             hooks.tracer.close(number, clock)
         if evaluates:
-            _validate(progress, settings, hooks, clock)
+            with compiling.eager():
+                _validate(progress, settings, hooks, clock)
+        if loop.latest:
+            compiling.stepped(number, taken_ns / 1e9, loop.latest[0])
         stop = hooks.should_stop()
         due = time.monotonic() - last_saved > settings.checkpoint_seconds
         if settings.checkpoint_every is not None:
@@ -407,6 +431,12 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path) -> None:
             if stop is BudgetSpent:
                 raise stop(f"budget.device_hours is spent {where}; raise it to resume from there")
             raise stop(f"stopped {where}; the same command resumes from there")
+
+
+def _wait(loop: _Loop) -> None:
+    """Wait for the device, which computes the steps meanwhile."""
+    with loop.clock.phase("backward"):
+        device_of(loop.objective.device).synchronise()
 
 
 def steps_between_evaluations(settings: TrainingConfig) -> int:

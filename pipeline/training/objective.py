@@ -104,6 +104,7 @@ class Objective:
         # by step, where the loss changes over the training
         self.losses: Callable[[int], Loss] | None = None
         self.head_loss: HeadLoss = head_loss
+        self.compiled = False  # set by `training.compiling`, which also compiles what is called
         self.vocabulary: int | None = None
         self.teacher_read = Examined()
         if self.teacher is not None:
@@ -188,6 +189,8 @@ class Objective:
             assert not isinstance(said, Tensor)
             with self.clock.phase("h2d"):
                 documents = Documents.of(inputs["position_ids"], batch["position_ids"])
+                if self.compiled:
+                    documents.vary()
             return self._causal(inputs, documents, keep_there, targets, said, loss)
         assert not isinstance(said, Sparse)
         if not self.task.kind.has_classes:

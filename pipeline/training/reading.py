@@ -97,6 +97,10 @@ class Documents:
         """
         return cls(there, device_of(there.device).send(bounds_of(here)))
 
+    def vary(self) -> None:
+        """Tell torch.compile that there will be more documents, or fewer."""
+        torch._dynamo.maybe_mark_dynamic(self.bounds, 0)  # pyright: ignore[reportPrivateUsage]
+
     @cached_property
     def mask(self) -> Tensor:
         """The `document_mask`, made once for all models that read one."""

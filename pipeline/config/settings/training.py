@@ -21,6 +21,16 @@ class OptimizerKind(Enum):
     adamw_8bit_torchao = "adamw_8bit_torchao"
 
 
+class Compile(Enum):
+    """Whether a training runs compiled (torch.compile). `auto`: where its own first steps show that
+    what is left is long enough to earn it back.
+    """
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 class Schedule(Enum):
     """Learning-rate schedule after the warm-up."""
 
@@ -52,7 +62,7 @@ class TrainingConfig:
     checkpoint_seconds: float = positive(60.0)  # between two checkpoints
     # loss over its own best average
     divergence_factor: float = field(default=4.0, metadata={"above": 1})
-    compile: bool = False  # torch.compile
+    compile: Compile = Compile.auto  # torch.compile
     optimizer: OptimizerKind = OptimizerKind.adamw  # what holds the two moments
     # backward computes each layer again, so that memory holds one at a time
     activation_checkpointing: bool = False
