@@ -70,6 +70,10 @@ class StageFailed(RuntimeError):
     """
 
 
+class DeviceLost(StageFailed):
+    """The device answers no more: nothing else can be done on it in this process."""
+
+
 class Preempted(Exception):
     """The scheduler asked for the machine back; a checkpoint is on disk and the same command goes
     on from it.

@@ -8,6 +8,7 @@ import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -38,6 +39,8 @@ from pipeline.evaluation.serving.measure import (
 )
 from pipeline.evaluation.serving.server import Reading, Server, load, weights_bytes
 from pipeline.ledger.devices.cuda.nvml import Absent, open_reader
+from pipeline.ledger.devices.other import Other
+from pipeline.ledger.devices.table import KINDS
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.schema import RESULT_SCHEMA
@@ -239,15 +242,20 @@ def test_one_new_token_needs_no_cache() -> None:
 
 def test_the_clock_is_read_after_the_device_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    peak = iter([350])
-    monkeypatch.setattr(
-        torch.accelerator, "synchronize", lambda device: events.append(f"sync {device}")
-    )
-    monkeypatch.setattr(
-        torch.accelerator, "reset_peak_memory_stats", lambda device: events.append("reset")
-    )
-    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: 300)
-    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: next(peak))
+
+    class Watched(Other):
+        counts_memory = True
+
+        def synchronise(self) -> None:
+            events.append(f"sync {self.at}")
+
+        def reset_memory(self) -> None:
+            events.append("reset")
+
+        def allocator(self) -> Any:
+            return SimpleNamespace(allocated=300, peak_allocated=350)
+
+    monkeypatch.setitem(KINDS, "meta", Watched)
     model = tiny(CAUSAL).to("meta")
     server = Server(
         model, CAUSAL, torch.device("meta"), lambda: len(events.append("read") or events)

@@ -240,7 +240,7 @@ def test_a_model_is_shown_its_own_device_and_what_is_free_of_it(
     assert device_of(device).alone_in_environment() == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert device_of(device).alone_in_environment() == {"CUDA_VISIBLE_DEVICES": "1"}
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 2**30, 80 * 2**30))
     assert vllm_check._room(device) == {"gpu_memory_utilization": 0.4}
     assert (

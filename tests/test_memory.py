@@ -21,7 +21,7 @@ import pipeline.runs.comparison
 from pipeline.cli.main import main
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.run import Run
-from pipeline.errors import StageFailed
+from pipeline.errors import DeviceLost, StageFailed
 from pipeline.ledger import memory
 from pipeline.ledger.memory import MEMORY, ON_DEVICE, MemoryMeter, asked_bytes, unread
 from pipeline.ledger.values import Provenance, measured
@@ -333,9 +333,9 @@ def test_another_error_is_not_explained(tmp_path: Path) -> None:
             explain(error, Run(), "a", TrainStage(), "work", device=GPU, snapshot=tmp_path / "x")
             is None
         )
-    xpu: Any = SimpleNamespace(type="xpu")
-    assert said(oom(), TrainStage(), "work", tmp_path, xpu).startswith(
-        "out of xpu memory: 4.29 GB asked for; first: "
+    mps: Any = SimpleNamespace(type="mps")
+    assert said(oom(), TrainStage(), "work", tmp_path, mps).startswith(
+        "out of mps memory: 4.29 GB asked for; first: "
     )
     assert not list(tmp_path.iterdir())
 
@@ -343,13 +343,9 @@ def test_another_error_is_not_explained(tmp_path: Path) -> None:
 # -- inside a run ---------------------------------------------------------------------------------
 
 
-def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The student runs out 6 min in, 4 after its checkpoint was made; the same command resumes from
-    that checkpoint.
-    """
-    FakeCuda(monkeypatch)
+@pytest.fixture
+def faked(root: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """A run whose stages, assessments and comparison are made up, on a device of 80 GB."""
     monkeypatch.setattr(pipeline.evaluation.quality.assess, "assess_quality", fake_assessment)
     # no model there
     monkeypatch.setattr("pipeline.models.sixteen_bits.stored_said", lambda *_: None)
@@ -359,6 +355,39 @@ def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
         "pipeline.runs.runner.base_artifact", lambda *_: Artifact(root, "model", "b" * 32, 1)
     )
     monkeypatch.setattr(test_running, "DEVICE", GPU)
+    return FakeCuda(monkeypatch)
+
+
+def test_a_device_that_is_lost_ends_the_run_though_its_stage_is_optional(
+    root: Path, monkeypatch: pytest.MonkeyPatch, faked: FakeCuda
+) -> None:
+    """What comes after it could not be done either: its rows would blame other stages."""
+
+    def lost(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    class Dropped(FakeStage):
+        def run(self, inputs: Any, ctx: Context) -> Output:
+            monkeypatch.setattr(torch.cuda, "synchronize", lost)
+            lost()
+            return super().run(inputs, ctx)
+
+        def may_be_refused(self) -> bool:
+            return True
+
+    run = the_run()
+    run.stages["student"] = Dropped([6, 16], ["teacher"], [4], [0, 1], ["failed", "ok"])
+    with pytest.raises(DeviceLost, match=r"^stage student: the cuda device was lost \(Accel"):
+        invoke(root, "run-1", 1, run)
+    assert not list(root.rglob("oom-*.json"))
+
+
+def test_a_stage_without_memory_fails_in_one_line_and_loses_nothing(
+    root: Path, faked: FakeCuda
+) -> None:
+    """The student runs out 6 min in, 4 after its checkpoint was made; the same command resumes from
+    that checkpoint.
+    """
 
     class Hungry(FakeStage):
         def run(self, inputs: Any, ctx: Context) -> Output:

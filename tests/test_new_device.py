@@ -62,7 +62,7 @@ class Toy(Cpu):
         return Event()
 '''
 IMPORT = "from pipeline.ledger.devices.cuda.device import Cuda\n"
-LINE = "    \"cuda\": Cuda,  # NVIDIA's, and AMD's through ROCm\n"
+LINE = '    "cuda": Cuda,  # NVIDIA\'s\n'
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_hours_are_of_gpus_by_kind() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_kind_does_not_have_it_says(kind: str) -> None:
     """A flag that is off, and the method that it stands for, agree."""
-    device = KINDS[kind](torch.device(kind))
+    device = KINDS[kind](KINDS[kind].place(kind))
     flags = {
         "events": device.make_event,
         "counts_memory": device.allocator,

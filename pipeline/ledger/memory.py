@@ -87,7 +87,7 @@ class MemoryMeter:
             nvml_peak: Most bytes in use on the whole board in the same time, from a sampler.
         """
         own = device_of(device)
-        found = unread(f"a {own.kind} run: no CUDA allocator")
+        found = unread(own.why_no_memory())
         if own.counts_memory:
             gone = lambda why: dict.fromkeys(ON_DEVICE, null(why))
             failed = lambda why: gone(unmeasured("the device's memory", why))
@@ -124,11 +124,15 @@ def _on_device(device: Device) -> dict[str, Value]:
         "peak_allocated_bytes": allocated,
         "peak_reserved_bytes": reserved,
         "fragmentation": _fragmentation(allocated, reserved),
-        "alloc_retries": measured(now.retries),
-        "ooms": measured(now.ooms),
+        "alloc_retries": _counted(now.retries),
+        "ooms": _counted(now.ooms),
         "headroom_bytes": derive(lambda whole, held: whole - held, total, reserved),
         "total_bytes": total,
     }
+
+
+def _counted(number: int | None) -> Value:
+    return null("torch does not count them on this device") if number is None else measured(number)
 
 
 def _fragmentation(allocated: Value, reserved: Value) -> Value:

@@ -113,9 +113,24 @@ PEAKS: dict[str, Peaks] = {
 }
 
 
+_told: dict[tuple[str, str], str] = {}
+"""By kind and device, the name that it told last."""
+
+
 def device_name(device: Any) -> str:
-    """Return the exact model name of a torch device."""
-    return device_of(device).name()
+    """Return the exact model name of a torch device; of a lost one the name that it told before.
+
+    Raises:
+        RuntimeError: If it answers no more and never told.
+    """
+    own = device_of(device)
+    key = (own.kind, str(device))
+    try:
+        _told[key] = own.name()
+    except RuntimeError:
+        if key not in _told:
+            raise
+    return _told[key]
 
 
 def peak(name: str, precision: str, stated: float | None = None) -> Value:

@@ -69,13 +69,13 @@ def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
         return
     own = device_of(device)
     needed, have = CAPABILITY.get(fmt, (0, 0)), own.capability()
-    if have is None:
+    if not own.torchao:
         raise UserError(
             key,
-            f"{fmt.value} is known to work on cuda and cpu, not on {device.type}",
+            f"{fmt.value} is known to work on cuda and cpu, not on {own.kind}",
             "use one of them",
         )
-    if have < needed:
+    if have is not None and have < needed:
         problem = (
             f"{fmt.value} needs compute capability {needed[0]}.{needed[1]} and {own.name()} has"
             f" {have[0]}.{have[1]}"

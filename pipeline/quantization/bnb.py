@@ -69,7 +69,7 @@ def refuse_device(fmt: Format, *, device: torch.device, key: str) -> None:
             key, f"bitsandbytes cannot compute {fmt.value} on {device.type}", f"use one of {known}"
         )
     own = device_of(device)
-    if (capability := own.capability()) is None:
+    if (capability := own.capability()) is None:  # Intel's, Apple's, AMD's: the library knows them
         return
     if not lib.compiled_with_cuda:
         raise UserError(

@@ -1,6 +1,4 @@
-"""What to say when memory ran out: how much was asked, how much there was, and what to change
-first.
-"""
+"""What to say when memory ran out or the device was lost: what happened, what to change first."""
 
 from __future__ import annotations
 
@@ -11,7 +9,8 @@ from typing import Any
 
 from pipeline.config.arms import file_name
 from pipeline.config.settings.run import Run, scored_length
-from pipeline.errors import StageFailed
+from pipeline.errors import DeviceLost, StageFailed
+from pipeline.ledger.attempted import reason
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.memory import (
     Pressure,
@@ -33,18 +32,22 @@ ELSEWHERE_SHARE = 0.1  # of the device in other hands; below it is what CUDA its
 def failing_as(
     running: Running, arm: str, kind: str, stage: Stage | None = None
 ) -> Generator[None]:
-    """Have a failure say which stage failed, and one for want of memory what to change."""
+    """Have a failure say which stage failed; one for want of memory, or of the device, what to
+    change.
+    """
     session = running.session
     what = arm if stage is None else f"stage {arm}"
     try:
         yield
     except StageFailed as error:
-        raise StageFailed(f"{what}: {error}") from error
+        raise type(error)(f"{what}: {error}") from error
     except Exception as error:
         snapshot = session.folder / f"oom-{file_name(arm)}-{session.number}.json"
         said = explain(
             error, session.run, arm, stage, kind, device=session.device, snapshot=snapshot
         )
+        if said is None and is_lost(error, session.device):
+            raise DeviceLost(f"{what}: {lost_words(error, session.device)}") from error
         if said is None:
             raise
         raise StageFailed(f"{what}: {said}") from error
@@ -82,6 +85,20 @@ def explain(
             f" {first if device.type == 'cpu' else _fewer_documents(run)}"
         )
     return None
+
+
+def is_lost(error: Exception, device: Any) -> bool:
+    """Return whether a device answers no more since an error, which is then the device's."""
+    return isinstance(error, RuntimeError) and not device_of(device).answers()
+
+
+def lost_words(error: Exception, device: Any) -> str:
+    """Return one line on an error after which the device answers no more."""
+    return (
+        f"the {device_of(device).kind} device was lost ({reason(error)}); first: the same command"
+        " again, which goes on from the last checkpoint; where it happens again, another device"
+        " (hardware.device)"
+    )
 
 
 def _wanted(asked: int | None) -> str:

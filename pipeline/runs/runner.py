@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.arms import BASE, file_name, is_fallback
-from pipeline.errors import StageFailed, UserError
+from pipeline.errors import DeviceLost, StageFailed, UserError
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import difference
 from pipeline.ledger.records import MADE
@@ -102,9 +102,9 @@ class StageRunner:
         try:
             self._to_its_row(name, stage)
         except (UserError, StageFailed) as error:
-            # A full disk is no fault of the stage; passing over it would end in a result without
-            # models.
-            if isinstance(error, DiskFull) or not stage.may_be_refused():
+            # A full disk or a lost device is no fault of the stage; passing over it would end in a
+            # result without models.
+            if isinstance(error, DiskFull | DeviceLost) or not stage.may_be_refused():
                 raise
             self.running.book.notes.append(f"{name}: {refusal_words(name, error)}")
             return error
@@ -192,8 +192,10 @@ class StageRunner:
             session.memory.start(session.device)
             with timeline.window("work", name, self.seed) as window:
                 artifact, output = self._work(name, stage, inputs, key, window)
-                # The window ends when the device is done, not when it was asked.
-                device_of(session.device).synchronise()
+                # The window ends when the device is done, not when it was asked. What failed on
+                # it may be told only now.
+                with failing_as(self.running, name, "work", stage):
+                    device_of(session.device).synchronise()
         except BaseException as error:
             # Ctrl-C and signals too: hours of a failed attempt are charged.
             book.add(broken_row(timeline, name, stage, self.seed, window, error))

@@ -462,13 +462,10 @@ def _train(test: SelfTest) -> None:
 
 def _free_device(device: Any) -> None:
     """Give the device's memory back: the trainings run in processes of their own."""
-    if device.type != "cpu":
-        import gc
+    import gc
 
-        import torch
-
-        gc.collect()
-        torch.accelerator.empty_cache()
+    gc.collect()
+    device_of(device).release_memory()
 
 
 def _one_training(

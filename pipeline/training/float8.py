@@ -24,8 +24,6 @@ from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.numbers import agreed, how_many
 
 RECIPES = {Precision.fp8_tensorwise: "tensorwise", Precision.fp8_rowwise: "rowwise"}
-# of torch._scaled_mm, per row: Hopper
-CAPABILITY = {Precision.fp8_tensorwise: (8, 9), Precision.fp8_rowwise: (9, 0)}
 MULTIPLE = 16  # widths that torch._scaled_mm takes
 EMULATE = False  # multiply in fp32 what was rounded to 8 bits: for a device without the kernels
 
@@ -34,15 +32,7 @@ def why_not_float8(precision: Precision, device: torch.device) -> str | None:
     """Return why `device` cannot train in a float8 precision, or None."""
     if find_spec("torchao") is None:
         return f"{precision.value} needs torchao, which is not installed"
-    needed, have = CAPABILITY[precision], device_of(device).capability()
-    if have is None:
-        return f"{precision.value} needs a CUDA device, this is {device_of(device).kind}"
-    if have < needed:
-        return (
-            f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has"
-            f" {have[0]}.{have[1]}"
-        )
-    return None
+    return device_of(device).why_not_precision(precision)
 
 
 def wide_layers(model: Any, least_width: int) -> tuple[list[str], list[str]]:

@@ -23,35 +23,13 @@ AUTOCAST = {
     Precision.fp8_tensorwise: torch.bfloat16,
     Precision.fp8_rowwise: torch.bfloat16,
 }
-TF32_CAPABILITY = (8, 0)  # Ampere; source: CUDA C++ Programming Guide, compute capabilities
-BF16_CAPABILITY = (8, 0)
 
 
 def why_not(precision: Precision, device: torch.device) -> str | None:
     """Return why `device` cannot train in `precision`, or None where it can."""
-    if precision in (Precision.fp32, Precision.auto):
-        return None
     if precision in RECIPES:
         return why_not_float8(precision, device)
-    have = device_of(device).capability()
-    if have is None:
-        needs_gpu = {Precision.fp16: "fp16 with loss scaling", Precision.tf32: "tf32"}
-        return (
-            f"{needs_gpu[precision]} needs a CUDA device, this is {device_of(device).kind}"
-            if precision in needs_gpu
-            else None
-        )
-    needed = {
-        Precision.tf32: TF32_CAPABILITY,
-        Precision.bf16: BF16_CAPABILITY,
-        Precision.bf16_pure: BF16_CAPABILITY,
-    }.get(precision)
-    if needed is not None and have < needed:
-        return (
-            f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has"
-            f" {have[0]}.{have[1]}"
-        )
-    return None
+    return device_of(device).why_not_precision(precision)
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:

@@ -70,9 +70,12 @@ def made_ahead(source: Batches, first: int, end: int, device: torch.device) -> G
     """Give the batches of the steps from `first` until before `end`; the thread is gone
     afterwards.
     """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    own = device_of(device)
+    # Page-locked memory is the current device's, and a new thread's is number 0, whatever this
+    # one's is.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=own.make_current)
     try:
-        yield Ahead(source, pool, first, end, pinned=device_of(device).pinned)
+        yield Ahead(source, pool, first, end, pinned=own.pinned)
     finally:
         # Batches nobody will ask for are not made; one being made is waited for.
         pool.shutdown(wait=True, cancel_futures=True)

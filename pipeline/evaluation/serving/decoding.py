@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config.settings.serving import Decode
+from pipeline.ledger.devices.device import Device
 from pipeline.ledger.devices.table import device_of
 
 if TYPE_CHECKING:
@@ -198,8 +199,8 @@ def _fixed(
 ) -> Fixed:
     import torch
 
-    counted = prompt.device.type != "cpu"
-    before = _start_peak(prompt.device) if counted else 0
+    own = device_of(prompt.device)
+    before = _start_peak(own) if own.counts_memory else 0
     decoder = Fixed(model, given, prompt, prompt.shape[1] + new, compiled=compiled)
     decoder.prefill(prompt)  # makes room for the keys and values
     if captured:
@@ -208,9 +209,9 @@ def _fixed(
     decoder.reset()
     decoder.prefill(prompt)
     decoder.step()
-    if counted:
-        decoder.peak_bytes = torch.accelerator.max_memory_allocated(prompt.device) - before
-        decoder.held_bytes = torch.accelerator.memory_allocated(prompt.device) - before
+    if own.counts_memory:
+        now = own.allocator()
+        decoder.peak_bytes, decoder.held_bytes = now.peak_allocated - before, now.allocated - before
     growing = Growing(model.forward, given)
     growing.prefill(prompt)
     growing.step()
@@ -227,8 +228,6 @@ def _fixed(
     return decoder
 
 
-def _start_peak(device: torch.device) -> int:
-    import torch
-
-    torch.accelerator.reset_peak_memory_stats(device)
-    return torch.accelerator.memory_allocated(device)
+def _start_peak(device: Device) -> int:
+    device.reset_memory()
+    return device.allocator().allocated

@@ -19,6 +19,7 @@ from pipeline.config.settings.serving import Decode
 from pipeline.data.padding import read_by, token_of
 from pipeline.evaluation.serving.decoding import Decoder, make_decoder
 from pipeline.ledger.attempted import attempted
+from pipeline.ledger.devices.table import device_of
 from pipeline.models.load import ends_once, load_model, load_tokenizer
 from pipeline.models.sixteen_bits import stored_dtype
 from pipeline.tasks.table import Task
@@ -141,31 +142,24 @@ class Server:
         return self._decoder[1]
 
     def _finished_ns(self) -> int:
-        if self.device.type != "cpu":
-            import torch
-
-            torch.accelerator.synchronize(self.device)
+        device_of(self.device).synchronise()
         return self._now_ns()
 
     def _start_memory(self) -> int | None:
-        if self.device.type == "cpu":
+        if not device_of(self.device).counts_memory:
             return None
-        return attempted(self._new_peak, lambda _: None)  # not every accelerator counts it
+        return attempted(self._new_peak, lambda _: None)
 
     def _new_peak(self) -> int:
-        import torch
-
-        torch.accelerator.reset_peak_memory_stats(self.device)
-        return torch.accelerator.memory_allocated(self.device)
+        own = device_of(self.device)
+        own.reset_memory()
+        return own.allocator().allocated
 
     def _working_bytes(self, before: int | None) -> int | None:
         if before is None:
             return None
-        import torch
-
-        return attempted(
-            lambda: torch.accelerator.max_memory_allocated(self.device) - before, lambda _: None
-        )
+        peak = lambda: device_of(self.device).allocator().peak_allocated
+        return attempted(lambda: peak() - before, lambda _: None)
 
 
 def load(

@@ -282,9 +282,7 @@ def _room(device: torch.device) -> dict[str, Any]:
         return {}
     import gc
 
-    import torch
-
     gc.collect()
-    torch.accelerator.empty_cache()
+    own.release_memory()
     free, whole = own.free_bytes()
     return {"gpu_memory_utilization": round(FREE_SHARE * free / whole, 3)}

@@ -21,6 +21,7 @@ class Cpu(Device):
 
     kind = "cpu"
     fused_optimizer = True
+    torchao = True
 
     @classmethod
     def count(cls) -> int:
@@ -37,6 +38,9 @@ class Cpu(Device):
             "CPU",
         )
         return f"{named} x{os.cpu_count()}"
+
+    def why_no_memory(self) -> str:
+        return "a cpu run: no CUDA allocator"
 
     def synchronise(self) -> None:
         pass

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from pipeline.config.settings.precision import Precision
 from pipeline.ledger.devices.reader import Absent, Reader
 
 if TYPE_CHECKING:
@@ -46,15 +47,21 @@ class Allocator:
         allocated: In tensors of this process, now.
         reserved: Held by torch, now.
         retries: How often it gave back what it held for nothing, and asked again.
-        ooms: How often that did not suffice.
+        ooms: How often that did not suffice. Either is None where torch does not count it.
     """
 
     allocated: int
     reserved: int
     peak_allocated: int
     peak_reserved: int
-    retries: int
-    ooms: int
+    retries: int | None
+    ooms: int | None
+
+
+NAMES = {Precision.fp16: "fp16 with loss scaling"}
+"""What a precision is called where its name alone would not tell what is missing."""
+EVERYWHERE = (Precision.auto, Precision.fp32, Precision.bf16, Precision.bf16_pure)
+"""What any device of torch trains in, slowly or not."""
 
 
 class Device(ABC):
@@ -70,6 +77,7 @@ class Device(ABC):
     numbered: ClassVar[bool] = False  # a process can see several: kind:1
     events: ClassVar[bool] = False  # `make_event` works
     counts_memory: ClassVar[bool] = False  # `allocator` and what else is said of memory
+    torchao: ClassVar[bool] = False  # torchao's formats are known to work on it
     pinned: ClassVar[bool] = False  # copies from page-locked memory do not wait
     fused_optimizer: ClassVar[bool] = False  # torch's AdamW has one kernel for all parameters
     triton: ClassVar[bool] = False  # Triton, and with it torch.compile, makes kernels for it
@@ -124,6 +132,14 @@ class Device(ABC):
 
         torch.accelerator.synchronize(self.at)
 
+    def answers(self) -> bool:
+        """Tell whether it still works. After some errors it fails at all that it is asked."""
+        try:
+            self.synchronise()
+        except RuntimeError:
+            return False
+        return True
+
     def make_event(self) -> Event:
         """Return a new event that is timed; where `events`."""
         raise NotImplementedError(f"{self.kind} has no events")
@@ -165,6 +181,13 @@ class Device(ABC):
 
     # -- memory; where `counts_memory` ------------------------------------------------------------
 
+    def why_no_memory(self) -> str:
+        """Return why a row has no figures of its memory; where not `counts_memory`."""
+        return f"a {self.kind} run: torch keeps no peaks of memory on it"
+
+    def release_memory(self) -> None:  # noqa: B027 - nothing is held
+        """Give the driver back what torch holds for nothing."""
+
     def reset_memory(self) -> None:  # noqa: B027 - nothing is counted
         """Count peaks, retries and failures anew."""
 
@@ -189,6 +212,12 @@ class Device(ABC):
         raise NotImplementedError(f"torch counts no memory on {self.kind}")
 
     # -- arithmetic -------------------------------------------------------------------------------
+
+    def why_not_precision(self, precision: Precision) -> str | None:
+        """Return why a model cannot train in a precision on it, or None where it can."""
+        if precision in EVERYWHERE:
+            return None
+        return f"{NAMES.get(precision, precision.value)} needs a CUDA device, this is {self.kind}"
 
     def capability(self) -> tuple[int, int] | None:
         """Return the compute capability that kernels ask for; None where there is no such thing."""

@@ -7,12 +7,14 @@ from typing import Any
 
 from pipeline.ledger.devices.cpu import Cpu
 from pipeline.ledger.devices.cuda.device import Cuda
+from pipeline.ledger.devices.cuda.rocm import Rocm
 from pipeline.ledger.devices.device import Device
 from pipeline.ledger.devices.other import Mps, Other, Xpu
 
 KINDS: dict[str, type[Device]] = {
     "cpu": Cpu,  # a host
-    "cuda": Cuda,  # NVIDIA's, and AMD's through ROCm
+    "cuda": Cuda,  # NVIDIA's
+    "rocm": Rocm,  # AMD's, which torch calls cuda as well
     "xpu": Xpu,  # Intel's
     "mps": Mps,  # Apple's
 }
@@ -43,7 +45,7 @@ def open_device(named: str) -> Device | None:
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         )
         named = "cpu" if found is None else str(found)
-    kind = KINDS.get(named.partition(":")[0], Other)
+    kind = _kind(named.partition(":")[0])
     if (int(named.partition(":")[2] or 0)) >= kind.count():
         return None
     device = kind(kind.place(named))
@@ -54,7 +56,15 @@ def open_device(named: str) -> Device | None:
 
 def device_of(at: Any) -> Device:
     """Return the device that a torch device is."""
-    return (_opened.get(at.type) or KINDS.get(at.type, Other))(at)
+    return (_opened.get(at.type) or _kind(at.type))(at)
+
+
+def _kind(name: str) -> type[Device]:
+    """Return the kind of torch's or our own name; a name that two kinds answer to is that of the
+    one that this torch drives.
+    """
+    kind = KINDS.get(name, Other)
+    return Rocm if kind is Cuda and Rocm.drives() else kind
 
 
 def is_gpu(kind: str) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.settings.precision import Precision
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.cuda.handles import full_uuid
 from pipeline.ledger.devices.cuda.nvml import open_reader
@@ -19,6 +20,15 @@ from pipeline.ledger.devices.reader import Absent, Reader
 if TYPE_CHECKING:
     import torch
 
+CAPABILITY = {
+    Precision.tf32: (8, 0),
+    Precision.bf16: (8, 0),
+    Precision.bf16_pure: (8, 0),
+    Precision.fp8_tensorwise: (8, 9),
+    Precision.fp8_rowwise: (9, 0),
+}
+"""Least compute capability that trains in a precision.
+Source: CUDA C++ Programming Guide, compute capabilities; torch._scaled_mm (per row: Hopper)."""
 WARM_UPS = 2  # runs before a capture: first calls choose kernels and ask for workspaces
 
 # Source: torch.nn.attention, its checks before flash attention.
@@ -40,6 +50,7 @@ class Cuda(Device):
     wide_products = True
     captures = True
     for_vllm = True
+    torchao = True
     chunk_bytes = 256 * 2**20
     toolkit = "cuda"
 
@@ -47,7 +58,9 @@ class Cuda(Device):
     def count(cls) -> int:
         import torch
 
-        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+        # AMD's answer to the same name
+        here = torch.version.hip is None and torch.cuda.is_available()
+        return torch.cuda.device_count() if here else 0
 
     @classmethod
     def opened(cls) -> tuple[str, str] | None:
@@ -99,8 +112,6 @@ class Cuda(Device):
         """Return a reader of what NVML tells of it."""
         import torch
 
-        if torch.version.hip is not None:
-            return Absent("no counters of AMD devices are read yet")
         uuid = lambda: full_uuid(str(torch.cuda.get_device_properties(self.at).uuid))
         return attempted(
             lambda: open_reader([uuid()], now_ns=now_ns),
@@ -147,6 +158,11 @@ class Cuda(Device):
         # retries and failures are counted from here too
         torch.cuda.reset_accumulated_memory_stats(self.at)
 
+    def release_memory(self) -> None:
+        import torch
+
+        torch.cuda.empty_cache()
+
     def allocator(self) -> Allocator:
         import torch
 
@@ -182,6 +198,16 @@ class Cuda(Device):
         import torch
 
         return torch.cuda.get_device_capability(self.at)
+
+    def why_not_precision(self, precision: Precision) -> str | None:
+        have, needed = self.capability(), CAPABILITY.get(precision)
+        if needed is None or (have is not None and have >= needed):
+            return None
+        has = "none" if have is None else f"{have[0]}.{have[1]}"
+        return (
+            f"{precision.value} needs compute capability {needed[0]}.{needed[1]}, this device has"
+            f" {has}"
+        )
 
     def has_units(self, dtype: torch.dtype) -> bool | None:
         import torch
