@@ -5,6 +5,7 @@ Torch's modules of Intel's, Apple's and AMD's devices are stood in for; their na
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline.runs.preflight import check_decode
 from pipeline.training.precision import why_not
 from pipeline.training.prefetch import made_ahead
 
+ROOT = Path(__file__).resolve().parent.parent
 SECOND = torch.device("cuda:1")
 XPU = torch.device("xpu:1")
 
@@ -143,6 +145,35 @@ def test_the_precisions_of_a_kind(kind: str) -> None:
     reasons = {each.value: own.why_not_precision(each) for each in Precision}
     assert {name for name, why in reasons.items() if why is None} == ABILITIES[kind]
     assert all(why is None or name in why for name, why in reasons.items())
+
+
+def test_the_table_of_the_documentation_is_that_of_the_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    lines = (ROOT / "docs/explanation.md").read_text().splitlines()
+    first = next(at for at, line in enumerate(lines) if line.startswith("| | `cpu` | `cuda`"))
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines[first:]]
+    kinds = [cell.partition("`")[0] for cell in cells[0][1:]]
+    assert kinds == [kind for kind in ("cpu", "cuda", "rocm", "xpu", "mps") if kind in KINDS]
+    stated = {row[0]: dict(zip(kinds, row[1:], strict=True)) for row in cells[2:8]}
+    flags = {
+        "time by phase on the device": "events",
+        "memory": "counts_memory",
+        "torchao's formats": "torchao",
+        "captured decode": "captures",
+    }
+    for kind in kinds:
+        own = KINDS[kind](KINDS[kind].place(kind))
+        able = {each.value for each in Precision if own.why_not_precision(each) is None}
+        told = stated["precisions"][kind]
+        assert able - {"auto"} == (
+            {each.value for each in Precision} - {"auto"}
+            if told.startswith("all")
+            else set(told.split(", "))
+        ), kind
+        for name, flag in flags.items():
+            assert (stated[name][kind] == "yes") == getattr(own, flag), (kind, name)
 
 
 @pytest.mark.parametrize(

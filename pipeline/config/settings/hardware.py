@@ -29,7 +29,7 @@ class PeakConfig:
 class HardwareConfig:
     """What to run on."""
 
-    # auto, cpu, cuda, cuda:1, ... ; auto takes the accelerator that torch finds
+    # auto, cpu, cuda, cuda:1, rocm, xpu, mps; auto takes the accelerator that torch finds
     device: str = "auto"
     devices: int = positive(1)  # of this run; this release drives one
     num_threads: Optional[int] = positive(None)  # CPU threads of torch; null leaves torch's choice
