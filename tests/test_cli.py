@@ -19,7 +19,7 @@ from here import here
 
 from pipeline.cli.main import main
 from pipeline.cli.recipes import find_recipes
-from pipeline.errors import LINE, UserError
+from pipeline.errors import LINE, DeviceLost, UserError
 
 
 def run(
@@ -217,6 +217,27 @@ def test_a_users_recipe_may_build_on_another(tmp_path: Path) -> None:
         == 0
     )
     assert (taken[0].training.steps, list(taken[0].stages)) == (7, ["baseline"])
+
+
+def test_a_lost_device_ends_a_multirun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next job would be in the same process, which cannot use the device again."""
+    monkeypatch.chdir(tmp_path)
+    seeds: list[int] = []
+
+    def execute(run: Any, *_: Any) -> int:
+        seeds.append(run.seed)
+        raise DeviceLost("stage baseline: the cuda device was lost")
+
+    args = ["recipe=baseline", "hardware.device=cpu"]
+    assert main(["-m", *args, "seed=0,1"], started_ns=0, execute=execute) == 1
+    assert main(args, started_ns=0, execute=execute) == 1
+    assert seeds == [0, 0]
+    said = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in said if "lost" in line] == [
+        "failed: stage baseline: the cuda device was lost"
+    ] * 2
 
 
 def test_the_jobs_of_a_multirun_do_not_wait_for_mlflow_one_by_one(

@@ -27,7 +27,7 @@ from pipeline.ledger.memory import ON_DEVICE, MemoryMeter
 from pipeline.ledger.peaks import device_name
 from pipeline.quantization import ao
 from pipeline.runs.preflight import check_decode
-from pipeline.training.precision import why_not
+from pipeline.training.precision import frozen, why_not
 from pipeline.training.prefetch import made_ahead
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +130,14 @@ def test_batches_are_made_with_the_runs_device_current(monkeypatch: pytest.Monke
 
 # -- what a kind can ------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def modern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make Intel's and Apple's devices ones that compute in bf16."""
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: True)
+
+
 ABILITIES = {
     "cpu": {"fp32", "bf16", "bf16_pure", "auto"},
     "xpu": {"fp32", "bf16", "bf16_pure", "auto", "fp16"},
@@ -139,7 +147,7 @@ ABILITIES = {
 
 
 @pytest.mark.parametrize("kind", ABILITIES)
-def test_the_precisions_of_a_kind(kind: str) -> None:
+def test_the_precisions_of_a_kind(kind: str, modern: None) -> None:
     """What it cannot is said in a line that names the precision."""
     own = KINDS[kind](KINDS[kind].place(kind))
     reasons = {each.value: own.why_not_precision(each) for each in Precision}
@@ -147,8 +155,16 @@ def test_the_precisions_of_a_kind(kind: str) -> None:
     assert all(why is None or name in why for name, why in reasons.items())
 
 
+def test_older_devices_of_intel_and_apple_have_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: False)
+    assert (why_not(Precision.bf16, XPU) or "").startswith("bf16 needs an xpu that")
+    assert why_not(Precision.bf16_pure, torch.device("mps")) == "bf16_pure on mps needs macOS 14"
+    assert frozen(Precision.auto, XPU) is Precision.fp32
+
+
 def test_the_table_of_the_documentation_is_that_of_the_classes(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, modern: None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     lines = (ROOT / "docs/explanation.md").read_text().splitlines()
@@ -359,6 +375,7 @@ def test_an_amd_device_is_its_own_kind_under_any_of_its_names(
     assert (own.kind, own.at, own.is_gpu) == ("rocm", SECOND, True)
     assert device_of(SECOND).kind == "rocm"
     assert (own.capability(), own.for_vllm, own.torchao) == (None, False, False)
+    assert not own.takes_lengths(torch.bfloat16, 64)
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "3,5")
     assert own.alone_in_environment() == {"HIP_VISIBLE_DEVICES": "5"}
     assert open_device("rocm:2") is None

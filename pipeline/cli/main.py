@@ -33,6 +33,7 @@ from pipeline.config.redaction import clean_output
 from pipeline.errors import (
     LINE,
     BudgetSpent,
+    DeviceLost,
     Exit,
     Preempted,
     StageFailed,
@@ -568,6 +569,9 @@ def _guarded(call: Any, debug: bool) -> int:
         return _say(error, Exit.BUDGET_SPENT, debug)
     except Preempted as error:
         return _say(error, Exit.PREEMPTED, debug)
+    except DeviceLost as error:
+        # the next job of a multirun would be in this process as well
+        raise _SweepStopped(_say(error, Exit.REFUSED, debug)) from error
     except StageFailed as error:
         return _say(error, Exit.REFUSED, debug)
     except KeyboardInterrupt as error:

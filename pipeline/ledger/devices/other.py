@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 
+BF16 = (Precision.bf16, Precision.bf16_pure)
+BF16_MACOS = (14, 0)  # source: torch.backends.mps, dtypes
+
+
 class Other(Device):
     """A device of any kind, by what torch has for all kinds."""
 
@@ -111,6 +115,10 @@ class Xpu(Other):
         raise RuntimeError("torch's viewer reads no map of an xpu's memory")
 
     def why_not_precision(self, precision: Precision) -> str | None:
+        import torch
+
+        if precision in BF16 and not torch.xpu.is_bf16_supported(including_emulation=False):
+            return f"{precision.value} needs an xpu that computes in bf16, which this one does not"
         # torch scales losses on it too
         return None if precision is Precision.fp16 else super().why_not_precision(precision)
 
@@ -189,3 +197,10 @@ class Mps(Other):
         import torch
 
         torch.mps.empty_cache()
+
+    def why_not_precision(self, precision: Precision) -> str | None:
+        import torch
+
+        if precision in BF16 and not torch.backends.mps.is_macos_or_newer(*BF16_MACOS):
+            return f"{precision.value} on mps needs macOS {BF16_MACOS[0]}"
+        return super().why_not_precision(precision)

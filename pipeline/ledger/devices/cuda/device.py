@@ -218,7 +218,7 @@ class Cuda(Device):
         """Flash attention does, which computes in 16 bits."""
         import torch
 
-        if torch.version.hip is not None or not attempted(_has_varlen, lambda _: False):
+        if not attempted(_has_varlen, lambda _: False):
             return False
         fits = dtype in (torch.float16, torch.bfloat16) and width <= WIDEST_FLASH
         return fits and torch.cuda.get_device_capability(self.at) >= FLASH_CAPABILITY

@@ -80,6 +80,9 @@ class Rocm(Cuda):
             return f"{precision.value} is not known to work on AMD's devices"
         return None
 
+    def takes_lengths(self, dtype: torch.dtype, width: int) -> bool:
+        return False
+
     def alone_in_environment(self) -> dict[str, str]:
         seen = [each for each in os.environ.get("HIP_VISIBLE_DEVICES", "").split(",") if each]
         index = self.at.index or 0
