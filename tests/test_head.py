@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,9 @@ from torch import Tensor
 from pipeline.config.settings.distillation import Divergence
 from pipeline.distillation import head as head_module
 from pipeline.distillation.head import Head, Taught, head_loss
-from pipeline.distillation.losses import Loss, terms_in_place
+from pipeline.distillation.losses import Loss, Sums, terms_in_place
+from pipeline.distillation.transform import Transform
+from pipeline.ledger.devices.cpu import Cpu
 
 
 def reference(h, w, b, labels, th, tw, tb, loss, vocabulary):
@@ -183,3 +187,81 @@ def test_it_equals_trls_fused_head() -> None:
         assert value.item() == pytest.approx(per_token.mean().item(), rel=1e-5)
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+# -- a vocabulary that is filled up ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", [None, *Divergence])
+@pytest.mark.parametrize("columns", [None, 45])
+def test_rows_of_zeros_below_a_head_change_nothing(
+    divergence: Divergence | None, columns: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU an odd vocabulary is filled up to a multiple of 64, of the student and of its
+    teacher, each to its own.
+    """
+    torch.manual_seed(6)
+    labels = torch.randint(0, 40, (9,))
+    given = {
+        "hidden": torch.randn(9, 8, dtype=torch.float64),
+        "weight": torch.randn(50, 8, dtype=torch.float64),
+        "bias": torch.randn(50, dtype=torch.float64),
+    }
+    theirs = Head(torch.randn(131, 6, dtype=torch.float64), torch.randn(131, dtype=torch.float64))
+    taught = Taught(torch.randn(9, 6, dtype=torch.float64), theirs, torch.float64)
+    loss = Loss() if divergence is None else Loss(0.4, divergence, 2.0, 0.3)
+
+    def of(width: int) -> tuple[Tensor, list[Tensor], list[int]]:
+        monkeypatch.setattr(Cpu, "product_width", width)
+        leaves = {name: each.clone().requires_grad_() for name, each in given.items()}
+        seen: list[int] = []
+
+        def noting(tile: Tensor, *rest: Any) -> Sums:
+            seen.append(tile.shape[1])
+            return terms_in_place(tile, *rest)
+
+        value, _ = head_loss(
+            leaves["hidden"],
+            Head(leaves["weight"], leaves["bias"], Transform(1.3, 20.0, columns)),
+            labels,
+            loss=loss,
+            dtype=torch.float64,
+            vocabulary=columns or 50,
+            taught=None if divergence is None else taught,
+            terms=noting,
+        )
+        value.backward()
+        grads = [each.grad for each in leaves.values()]
+        assert all(grad is not None for grad in grads)
+        return value.detach(), [grad for grad in grads if grad is not None], seen
+
+    wanted, grads, narrow = of(1)
+    found, filled, wide = of(64)
+    assert set(narrow) == {50}
+    assert set(wide) == {64}
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    for ours, plain in zip(filled, grads, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_no_second_gradient_of_the_size_of_the_weight_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The one that was summed up is scaled where it is and becomes `weight.grad`; a graph that is
+    kept is left as it was.
+    """
+    made: list[Tensor] = []
+    add = head_module._add_product
+    monkeypatch.setattr(
+        head_module, "_add_product", lambda total, *rest: (made.append(total), add(total, *rest))
+    )
+    hidden, labels = torch.randn(6, 8), torch.arange(6)
+    leaf = torch.randn(20, 8, requires_grad=True)
+    value, _ = head_loss(hidden, Head(leaf, None), labels)
+    value.backward()
+    assert leaf.grad is not None
+    assert leaf.grad.data_ptr() == made[0].data_ptr()
+    value, _ = head_loss(hidden, Head(leaf, None), labels)
+    first, second = (torch.autograd.grad(value, leaf, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, leaf.grad)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)

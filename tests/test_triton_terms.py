@@ -57,6 +57,22 @@ def test_it_equals_the_definition_on_extreme_logits(divergence: Divergence) -> N
     compare(Loss(0.3, divergence, 1.0, 0.4), scale=300.0)
 
 
+@pytest.mark.parametrize("divergence", [None, *Divergence])
+def test_what_fills_a_row_up_is_read_and_left_out(divergence: Divergence | None) -> None:
+    """Whatever stands there: 64 columns are read where 33 are of the vocabulary."""
+    z, t, labels = batch(5, 33)
+    loss = Loss() if divergence is None else Loss(0.3, divergence, 2.0, 0.4)
+    filled, theirs = (torch.full((5, 64), torch.nan) for _ in range(2))
+    filled[:, :33], theirs[:, :33] = z, t
+    labels = labels % 33
+    teacher = None if divergence is None else theirs
+    sums = kernel.terms_in_place(filled, teacher, labels, loss, 33)
+    expected = plain(z, None if divergence is None else t, labels, loss, 33)
+    assert sums.ce.item() == pytest.approx(expected.ce.item(), rel=1e-5)
+    torch.testing.assert_close(filled[:, :33], z, rtol=1e-4, atol=1e-6)
+    assert not filled[:, 33:].any()
+
+
 def test_it_equals_the_definition_without_a_teacher() -> None:
     compare(Loss(0.0), teacher=False)
 

@@ -69,10 +69,13 @@ class Head:
         """Logits that the model gives for a token: the last dimension of (N, columns)."""
         return self.weight.shape[0] if self.transform.columns is None else self.transform.columns
 
-    def to(self, dtype: torch.dtype) -> Head:
-        """Return the head with weight and bias in another dtype."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, weight=self.weight.to(dtype), bias=bias)
+    def to(self, dtype: torch.dtype, *, multiple: int = 1) -> Head:
+        """Return the head with weight and bias in another dtype, and as many rows of zeros below as
+        make their number a multiple.
+        """
+        more = -len(self.weight) % multiple
+        bias = None if self.bias is None else _below(self.bias, more, dtype)
+        return replace(self, weight=_below(self.weight, more, dtype), bias=bias)
 
     def products(self, hidden: Tensor) -> Tensor:
         """Return hidden (N, H) times the weights plus the bias, (N, V): not logits yet."""
@@ -84,6 +87,15 @@ class Head:
         return self.transform.logits(
             products.to(torch.promote_types(products.dtype, torch.float32))
         )
+
+
+def _below(tensor: Tensor, more: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a dtype with rows of zeros added at the end; itself where that is all."""
+    if not more:
+        return tensor.to(dtype)
+    padded = tensor.new_zeros((len(tensor) + more, *tensor.shape[1:]), dtype=dtype)
+    padded[: len(tensor)] = tensor
+    return padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +148,13 @@ class _FusedHead(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work
     ) -> tuple[Tensor, ...]:
         exact = torch.promote_types(work.dtype, torch.float32)
-        # Converted once, not once a chunk.
-        student = Head(weight, bias).to(work.dtype)
-        teacher = (
-            work.taught.head.to(work.taught.dtype) if isinstance(work.taught, Taught) else None
-        )
+        # Converted once, not once a chunk. A vocabulary of 50,257 is filled up: an odd dimension
+        # would slow every product, and every load of the kernel.
+        width = device_of(hidden.device).product_width
+        student = Head(weight, bias).to(work.dtype, multiple=width)
+        teacher = None
+        if isinstance(work.taught, Taught):
+            teacher = work.taught.head.to(work.taught.dtype, multiple=width)
         sums = Sums(*(torch.zeros((), dtype=exact, device=hidden.device) for _ in range(2)))
         # Frozen parts (a trained adapter beside a frozen head) get no gradient and hold no memory
         # for one.
@@ -149,13 +163,17 @@ class _FusedHead(torch.autograd.Function):
         )
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         # At least fp32, because rounding every chunk's share to 16 bits biases training.
-        grad_weight = torch.zeros_like(weight, dtype=exact) if for_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and for_bias else None
-        rows = _rows(weight, teacher, work)
+        grad_weight = torch.zeros_like(student.weight, dtype=exact) if for_weight else None
+        grad_bias = (
+            torch.zeros_like(student.bias, dtype=exact)
+            if student.bias is not None and for_bias
+            else None
+        )
+        rows = _rows(student.weight, teacher, work)
         for start in range(0, len(work.labels), rows):
             part = slice(start, start + rows)
             h = hidden[part].to(work.dtype)  # (n, H_s): n rows of this chunk
-            tile = student.products(h)  # (n, V_s)
+            tile = student.products(h)  # (n, V_s), filled up
             theirs, done = _theirs(work.taught, teacher, part)
             # Afterwards `tile` holds the gradient with respect to the products, not the products.
             some = work.terms(
@@ -173,7 +191,8 @@ class _FusedHead(torch.autograd.Function):
                 grad_bias += tile.sum(0, dtype=exact)
         # These are of the summed loss; `backward` divides by the count and multiplies by what comes
         # from above, such as the loss scale of fp16.
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        own = (None if each is None else each[: len(weight)] for each in (grad_weight, grad_bias))
+        ctx.save_for_backward(grad_hidden, *own)
         ctx.count = max(len(work.labels), 1)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         # The sums are readings for the log; only the mean is trained on.
@@ -183,9 +202,14 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale = grads[0] / ctx.count
-        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        # What is asked for once is scaled where it is, and autograd then takes it over: no second
+        # gradient of the size of the weight is made.
+        once = not _is_kept()
         return (
-            *(None if each is None else _scaled(each, scale, dtype) for each, dtype in made),
+            *(
+                None if each is None else _scaled(each, scale, dtype, in_place=once)
+                for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            ),
             None,
         )
 
@@ -274,10 +298,18 @@ def _add_product(total: Tensor, tile: Tensor, h: Tensor) -> None:
             total[part].addmm_(tile[:, part].T.to(total.dtype), wide)
 
 
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `gradient * scale`, rounded to `dtype`; of a matrix no second one in its own dtype is
-    made.
+def _is_kept() -> bool:
+    """Return whether the graph that is differentiated is kept for another time; torch tells its own
+    compilers so.
     """
+    asked: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # pyright: ignore
+    return asked is None or asked()
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """Return `gradient * scale` in `dtype`; a matrix of another one is rounded a part at a time."""
+    if gradient.dtype == dtype and in_place:
+        return gradient.mul_(scale)
     if gradient.dtype == dtype or gradient.dim() != 2:
         return (gradient * scale).to(dtype)
     rounded = torch.empty_like(gradient, dtype=dtype)

@@ -4,7 +4,9 @@
 """The losses of `losses.py` as one Triton kernel: a program a token, logits in, their gradient out,
 in place.
 
-A program reads its row in blocks. The first pass finds what normalises the softmaxes (of student
+A program reads its row in blocks, 16 bytes at a time where its columns are filled up to a multiple
+of 64 (`head.py` does that): what stands there is read and left out, so that no load needs a mask of
+its own. The first pass finds what normalises the softmaxes (of student
 and teacher at the temperature, and of the student alone where the hard labels count at another
 one), as running maximum and sum; the last writes the gradient. Forward KL needs no pass between;
 the others take one for their value and the mean slope sum(q g). All of it is fp32 in registers,
@@ -29,8 +31,14 @@ from pipeline.distillation.losses import Loss, Sparse, Sums
 from pipeline.distillation.losses import sparse_terms_in_place as plain_sparse_terms
 from pipeline.distillation.transform import PLAIN, Transform
 
-BLOCK = 4096  # logits read at a time
+BLOCK = 4096  # logits read at a time, by the kernels that hold little else
+# by the others: what a thread holds of two rows, their logarithms and slopes fits its registers
+SMALL_BLOCK = 2048
 WARPS = 8
+# Registers of a thread: two blocks of threads share a multiprocessor. ptxas aims lower by itself,
+# and spills. AMD's compiler knows no such limit.
+LIMITS = {} if torch.version.hip is not None else {"maxnreg": 128}
+FILLED = 64  # columns
 KINDS = {divergence: number for number, divergence in enumerate(Divergence)}
 
 
@@ -54,6 +62,8 @@ def terms_in_place(
         other = student if teacher is None else teacher
         # The kernel steps through a row by adding 1 to its address.
         assert student.stride(1) == other.stride(1) == 1, "rows must be contiguous"
+        kind = -1 if teacher is None else KINDS[loss.divergence]
+        readable = min(_filled(vocabulary), student.shape[1], other.shape[1])
         _kernel[(count,)](
             student,
             other,
@@ -63,9 +73,11 @@ def terms_in_place(
             student.stride(0),
             other.stride(0),
             vocabulary,
+            readable,
             student.shape[1],
             1.0 if teacher is None else loss.ce_weight,
             loss.temperature,
+            1.0 / loss.temperature,
             loss.mixture,
             ours.scale,
             ours.cap or 0.0,
@@ -73,14 +85,21 @@ def terms_in_place(
             theirs.cap or 0.0,
             # Constants of compilation: each combination is a kernel of its own without the
             # branches.
-            KIND=-1 if teacher is None else KINDS[loss.divergence],
+            KIND=kind,
             AT_ONE=loss.temperature == 1,
             OURS=_kind_of(ours),
             THEIRS=_kind_of(theirs),
-            BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])),
+            BLOCK=min(_block(kind, ours, theirs), triton.next_power_of_2(student.shape[1])),
             num_warps=WARPS,
+            **LIMITS,
         )
     return Sums(ce.sum(), divergence.sum())
+
+
+def _block(kind: int, ours: Transform, theirs: Transform) -> int:
+    """Return how many logits are read at a time."""
+    simple = kind < 1 and ours.cap is None and theirs.cap is None
+    return BLOCK if simple else min(BLOCK, SMALL_BLOCK)
 
 
 def sparse_terms_in_place(
@@ -115,9 +134,11 @@ def sparse_terms_in_place(
             divergence,
             student.stride(0),
             vocabulary,
+            min(_filled(vocabulary), student.shape[1]),
             student.shape[1],
             loss.ce_weight,
             loss.temperature,
+            1.0 / loss.temperature,
             ours.scale,
             ours.cap or 0.0,
             ENTRIES=entries,
@@ -126,8 +147,14 @@ def sparse_terms_in_place(
             OURS=_kind_of(ours),
             BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])),
             num_warps=WARPS,
+            **LIMITS,
         )
     return Sums(ce.sum(), loss.temperature**2 * (divergence.sum() - teacher.entropy.float().sum()))
+
+
+def _filled(vocabulary: int) -> int:
+    """Return the columns that a row has at least where `head.py` filled it up."""
+    return -(-vocabulary // FILLED) * FILLED
 
 
 def _kind_of(transform: Transform) -> int:
@@ -163,10 +190,10 @@ def _slope_of_logits(product, scale, cap, DONE: tl.constexpr):
 
 
 @triton.jit
-def _read(pointer, at, inside, scale, cap, DONE: tl.constexpr):
-    """Return the logits at some columns, and -inf where there is no column."""
-    product = tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
-    return _logits(product, inside, scale, cap, DONE)
+def _read(pointer, at, vocabulary, readable, scale, cap, DONE: tl.constexpr):
+    """Return the logits at some columns, and -inf beyond the vocabulary."""
+    product = tl.load(pointer + at, mask=at < readable, other=0.0).to(tl.float32)
+    return _logits(product, at < vocabulary, scale, cap, DONE)
 
 
 @triton.jit
@@ -181,14 +208,14 @@ def _highest(top, x):
 
 
 @triton.jit
-def _carried(total, top, higher, temperature):
-    """Return a running sum of exponentials under a new maximum."""
-    return total * tl.exp((top - _lift(higher)) / temperature)
+def _carried(total, top, higher, cold):
+    """Return a running sum of exponentials under a new maximum; `cold` is 1 / temperature."""
+    return total * tl.exp((top - _lift(higher)) * cold)
 
 
 @triton.jit
-def _exp_sum(x, higher, temperature):
-    return tl.sum(tl.exp((x - _lift(higher)) / temperature), 0)
+def _exp_sum(x, higher, cold):
+    return tl.sum(tl.exp((x - _lift(higher)) * cold), 0)
 
 
 @triton.jit
@@ -247,9 +274,11 @@ def _kernel(
     student_stride,
     teacher_stride,
     vocabulary,
+    readable,
     columns,
     ce_weight,
     temperature,
+    cold,
     share,
     scale,
     cap,
@@ -272,20 +301,15 @@ def _kernel(
     top_p, total_p = float("-inf"), 0.0
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < vocabulary
-        z = _read(student, at, inside, scale, cap, OURS)
+        z = _read(student, at, vocabulary, readable, scale, cap, OURS)
         higher = _highest(top, z)
         total = _carried(total, top, higher, 1.0) + _exp_sum(z, higher, 1.0)
         if KIND >= 0:
             if not AT_ONE:
-                total_q = _carried(total_q, top, higher, temperature) + _exp_sum(
-                    z, higher, temperature
-                )
-            t = _read(teacher, at, inside, teacher_scale, teacher_cap, THEIRS)
+                total_q = _carried(total_q, top, higher, cold) + _exp_sum(z, higher, cold)
+            t = _read(teacher, at, vocabulary, readable, teacher_scale, teacher_cap, THEIRS)
             higher_p = _highest(top_p, t)
-            total_p = _carried(total_p, top_p, higher_p, temperature) + _exp_sum(
-                t, higher_p, temperature
-            )
+            total_p = _carried(total_p, top_p, higher_p, cold) + _exp_sum(t, higher_p, cold)
             top_p = higher_p
         top = higher
     log_total = tl.log(total)
@@ -302,9 +326,11 @@ def _kernel(
         for start in range(0, vocabulary, BLOCK):
             at = start + tl.arange(0, BLOCK)
             inside = at < vocabulary
-            log_q = (_read(student, at, inside, scale, cap, OURS) - top) / temperature - log_total_q
-            t = _read(teacher, at, inside, teacher_scale, teacher_cap, THEIRS)
-            log_p = (t - top_p) / temperature - log_total_p
+            log_q = (
+                _read(student, at, vocabulary, readable, scale, cap, OURS) - top
+            ) * cold - log_total_q
+            t = _read(teacher, at, vocabulary, readable, teacher_scale, teacher_cap, THEIRS)
+            log_p = (t - top_p) * cold - log_total_p
             q, p = tl.exp(log_q), tl.exp(log_p)
             value += tl.sum(tl.where(inside, _value(q, p, log_q, log_p, share, KIND), 0.0), 0)
             mean += tl.sum(tl.where(inside, q * _slope(q, p, log_q, log_p, share, KIND), 0.0), 0)
@@ -314,13 +340,13 @@ def _kernel(
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < vocabulary
-        product = tl.load(student + at, mask=inside, other=0.0).to(tl.float32)
+        product = tl.load(student + at, mask=at < readable, other=0.0).to(tl.float32)
         z = _logits(product, inside, scale, cap, OURS) - top
         gradient = ce_weight * (tl.exp(z - log_total) - tl.where(at == label, 1.0, 0.0))
         if KIND >= 0:
-            log_q = z / temperature - log_total_q
-            t = _read(teacher, at, inside, teacher_scale, teacher_cap, THEIRS)
-            log_p = (t - top_p) / temperature - log_total_p
+            log_q = z * cold - log_total_q
+            t = _read(teacher, at, vocabulary, readable, teacher_scale, teacher_cap, THEIRS)
+            log_p = (t - top_p) * cold - log_total_p
             q, p = tl.exp(log_q), tl.exp(log_p)
             if KIND == 0:
                 value += tl.sum(tl.where(inside, _value(q, p, log_q, log_p, share, KIND), 0.0), 0)
@@ -345,9 +371,11 @@ def _sparse_kernel(
     divergence_out,
     student_stride,
     vocabulary,
+    readable,
     columns,
     ce_weight,
     temperature,
+    cold,
     scale,
     cap,
     ENTRIES: tl.constexpr,
@@ -372,11 +400,11 @@ def _sparse_kernel(
     top, total, total_q = float("-inf"), 0.0, 0.0
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z = _read(student, at, at < vocabulary, scale, cap, OURS)
+        z = _read(student, at, vocabulary, readable, scale, cap, OURS)
         higher = _highest(top, z)
         total = _carried(total, top, higher, 1.0) + _exp_sum(z, higher, 1.0)
         if not AT_ONE:
-            total_q = _carried(total_q, top, higher, temperature) + _exp_sum(z, higher, temperature)
+            total_q = _carried(total_q, top, higher, cold) + _exp_sum(z, higher, cold)
         top = higher
     log_total = tl.log(total)
     log_total_q = log_total
@@ -384,7 +412,7 @@ def _sparse_kernel(
         log_total_q = tl.log(total_q)
     tl.store(ce_out + row, log_total - (own - top))
     z_entry = _logits(product_entry, given, scale, cap, OURS) - top
-    log_q_entry = z_entry / temperature - log_total_q
+    log_q_entry = z_entry * cold - log_total_q
     tl.store(divergence_out + row, -tl.sum(tl.where(given, p * log_q_entry, 0.0), 0))
 
     # The whole row as if no token were an entry (p = 0); the entries are put right afterwards.
@@ -392,10 +420,10 @@ def _sparse_kernel(
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < vocabulary
-        product = tl.load(student + at, mask=inside, other=0.0).to(tl.float32)
+        product = tl.load(student + at, mask=at < readable, other=0.0).to(tl.float32)
         z = _logits(product, inside, scale, cap, OURS) - top
         gradient = ce_weight * (tl.exp(z - log_total) - tl.where(at == label, 1.0, 0.0))
-        gradient += weight * tl.exp(z / temperature - log_total_q)
+        gradient += weight * tl.exp(z * cold - log_total_q)
         gradient = gradient * _slope_of_logits(product, scale, cap, OURS)
         tl.store(student + at, tl.where(inside, gradient, 0.0), mask=at < columns)
     tl.debug_barrier()  # other threads have written these places just now

@@ -84,6 +84,8 @@ class Device(ABC):
     wide_products: ClassVar[bool] = False  # torch multiplies 16 bits into an fp32 result
     captures: ClassVar[bool] = False  # `capture` works
     for_vllm: ClassVar[bool] = False  # vLLM's usual builds, and all its quantized formats, run here
+    # products with a dimension that is no multiple of it are slow
+    product_width: ClassVar[int] = 1
     chunk_bytes: ClassVar[int | None] = None  # of a temporary tensor; None: what suits a CPU
     toolkit: ClassVar[str | None] = None  # what results call the library that torch was built with
 

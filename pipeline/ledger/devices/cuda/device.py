@@ -48,6 +48,7 @@ class Cuda(Device):
     fused_optimizer = True
     triton = True
     wide_products = True
+    product_width = 64  # columns, of tensor cores and of loads of 16 bytes
     captures = True
     for_vllm = True
     torchao = True
