@@ -168,7 +168,7 @@ def written(model, prompt: np.ndarray, new: int, decode: Decode) -> tuple[torch.
         (Decode.auto, "dynamic cache"),
         (Decode.dynamic, "dynamic cache"),
         (Decode.static, "static cache"),
-        (Decode.compile, "static cache, compiled"),
+        (Decode.compile, "static cache, compiled (1 graph)"),
     ],
 )
 def test_generation_is_greedy_and_the_cache_changes_nothing(

@@ -124,11 +124,13 @@ def test_a_step_is_captured_on_the_models_device(
     monkeypatch.setattr(torch.cuda, "graph", noted)
     graph = SimpleNamespace(replay=lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: seen.append(cuda.current))
     decoder: Any = object.__new__(Fixed)
-    decoder._token, decoder.how = SimpleNamespace(device=SECOND), "static cache"
+    decoder._token = SimpleNamespace(device=SECOND)
     decoder.reset = decoder._feed_own_token = lambda: None
     decoder.capture()
-    assert seen == [SECOND, SECOND]
+    assert seen == 4 * [SECOND]  # first runs, a dry one and back, the capture
     assert cuda.current == torch.device("cuda:0")
 
 

@@ -581,6 +581,14 @@ CATALOGUE: tuple[Metric, ...] = (
         "as device_s_per_1k_units, with a cache that grows, where the arm is served in another way",
     ),
     Metric(
+        "serving/decode_probe_s",
+        "s",
+        "row",
+        -1,
+        "seconds of finding how tokens are written the fastest, compiling and capturing included;"
+        " where serving.decode=auto times it",
+    ),
+    Metric(
         "serving/dtype_kl",
         "nats",
         "row",

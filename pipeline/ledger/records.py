@@ -160,6 +160,7 @@ SERVED = Spec(
                 "places": _OF_PAIRS,
                 "order_seed": {"type": ["integer", "null"]},
                 "warm_up": _OBJECT,
+                "decode": _OBJECT,
                 "joules": {"oneOf": [{"type": "null"}, _list_of(_SECONDS, least=2, most=2)]},
             },
             serving={

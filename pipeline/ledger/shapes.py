@@ -903,6 +903,25 @@ class DtypeRecord(TypedDict, total=False):
     said: list[str]
 
 
+class DecodeProbe(TypedDict):
+    """How tokens are written for one shape of prompts, where it was timed.
+
+    Attributes:
+        batch: Sequences at a time.
+        chosen: The fastest, as `serving.decode` names it; `how` is what it runs.
+        seconds: By way, of a batch, as it was read last.
+        refused: Why others took no part.
+        took_s: Of the whole probe, compiling and capturing included.
+    """
+
+    batch: int
+    chosen: str
+    how: str
+    seconds: dict[str, float]
+    refused: list[str]
+    took_s: float
+
+
 class ServedPass(TypedDict):
     """A comparison pass; see `evaluation.serving.measure.ServePass`. Of pairs: arm, base, and what
     was read of them, an array in JSON.
@@ -919,6 +938,7 @@ class ServedPass(TypedDict):
     places: NotRequired[list[tuple[str, str, list[list[int]]]]]
     order_seed: NotRequired[int | None]
     warm_up: NotRequired[WarmUpRecord]
+    decode: NotRequired[dict[str, list[DecodeProbe]]]
 
 
 class Served(TypedDict):

@@ -19,6 +19,7 @@ from pipeline.config.settings.run import Comparison, Measure
 from pipeline.data.documents import num_documents
 from pipeline.evaluation.quality.assess import read_items
 from pipeline.evaluation.serving.dtype import WORDS
+from pipeline.evaluation.serving.fastest import said
 from pipeline.evaluation.serving.measure import ServePass
 from pipeline.evaluation.serving.tokens import OTHER_TOKENIZER, other_tokenizers
 from pipeline.ledger.metrics import DIRECTION, PRIMARY, RELATIVE, TASK, UNIT, primary_key
@@ -58,6 +59,11 @@ def compare(running: Running) -> None:
     served = running.book.served = read_serving(running, pairs) if pairs else None
     if served is not None:
         running.book.notes += [f"serving: {each}" for each in served.dtype.get("said", [])]
+        running.book.notes += [
+            f"serving: {arm}: {said(probe)}"
+            for arm, probes in served.decode.items()
+            for probe in probes
+        ]
     fill_serving(running, served)
     running.book.comparisons = compare_all(running, served)
     running.session.journal.write(

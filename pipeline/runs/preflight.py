@@ -53,17 +53,20 @@ def choose_device(run: Run) -> Any:
 
 
 def check_decode(run: Run, device: Any) -> None:
-    """Refuse CUDA graphs where there is no CUDA.
+    """Refuse a way of writing tokens that this device does not have.
 
     Raises:
         UserError: Naming the setting.
     """
-    if run.serving.decode is Decode.graph and not device_of(device).captures:
+    decode, here = run.serving.decode, device_of(device)
+    if decode is Decode.graph and not here.captures:
         raise UserError(
             "serving.decode",
             f"graph needs CUDA, this run is on {device.type}",
             "give auto or compile",
         )
+    if decode is Decode.compile and (why := here.why_no_compile()) is not None:
+        raise UserError("serving.decode", f"compile: {why}", "install it, or give auto")
 
 
 def check_dtype(run: Run, device: Any) -> None:

@@ -303,6 +303,7 @@ def _measure(test: SelfTest) -> None:
 
 def _looks(test: SelfTest, prompts: Sequence[Any], sampler: Any) -> Callable[[int], Look]:
     """Load both copies; return what measures the looks of a trial with them."""
+    from pipeline.evaluation.serving.decoding import chosen
     from pipeline.evaluation.serving.dtype import choose_dtype
     from pipeline.evaluation.serving.measure import (
         check_load,
@@ -335,7 +336,8 @@ def _looks(test: SelfTest, prompts: Sequence[Any], sampler: Any) -> Callable[[in
                     test.device,
                     labels=test.data.labels,
                     now_ns=test.clock.now_ns,
-                    decode=run.serving.decode,
+                    # timed apart, two copies could be served in two ways
+                    decode=chosen(run.serving.decode, test.device),
                     dtype=choice.dtype,
                 )
             )

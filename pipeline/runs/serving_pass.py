@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pipeline.compare.verdict import disturbed, moved
 from pipeline.config.arms import BASELINE, CANDIDATE
-from pipeline.config.settings.serving import ServingDtype
+from pipeline.config.settings.serving import Decode, ServingDtype
 from pipeline.data.encode import encode_all
-from pipeline.evaluation.serving.decoding import chosen
+from pipeline.evaluation.serving.decoding import chosen, is_timed
 from pipeline.evaluation.serving.dtype import choose_dtype
 from pipeline.evaluation.serving.measure import ServePass, serve_pass
 from pipeline.ledger.attempted import attempted, unmeasured
@@ -49,7 +49,7 @@ def _served(running: Running, pairs: list[tuple[str, str]]) -> ServePass:
     session, rows = running.session, running.book.finished(running.session.seeds[0])
     arms = dict.fromkeys(arm for pair in pairs for arm in pair)
     artifacts = {arm: Artifact.from_json(artifact_of(rows[arm])) for arm in arms}
-    decode = chosen(session.run.serving.decode, session.device)
+    decode = _asked_decode(running)
     key = serving_key(session, pairs, artifacts, decode)
     with running.timeline.hold(key, "comparison pass"):
         record = running.session.store.recall("serving", key, SERVED)
@@ -152,7 +152,7 @@ def serve(running: Running, pairs: list[tuple[str, str]], order_seed: int) -> Se
         task=task,
         labels=running.session.data.labels,
         prompts=prompts,
-        config=running.session.run.serving,
+        config=replace(running.session.run.serving, decode=_asked_decode(running)),
         device=running.session.device,
         devices=running.session.devices,
         seed=0,
@@ -169,6 +169,16 @@ def serve(running: Running, pairs: list[tuple[str, str]], order_seed: int) -> Se
     for arm, drift in choice.drift.items():
         served.serving[arm] |= drift.figures()
     return replace(served, dtype=choice.to_json())
+
+
+def _asked_decode(running: Running) -> Decode:
+    """Return how tokens are to be written. In a gate nothing is timed for it: two sides, or two
+    looks, that were served in two ways would differ by that.
+    """
+    asked, device = running.session.run.serving.decode, running.session.device
+    if running.session.gate is None and is_timed(asked, device):
+        return asked
+    return chosen(asked, device)
 
 
 def _asked_dtype(running: Running) -> ServingDtype:

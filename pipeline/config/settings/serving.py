@@ -26,7 +26,8 @@ class ServingLoad:
 
 class Decode(Enum):
     """How tokens are written: with a key-value cache that grows, or one of fixed size whose step is
-    captured as a CUDA graph, compiled before that, or neither. `auto`: graph on CUDA, else dynamic.
+    captured as a CUDA graph, compiled before that, or neither. `auto`: the fastest of these by a
+    short probe on CUDA (`evaluation/serving/fastest.py`), else dynamic.
     """
 
     auto = "auto"

@@ -23,6 +23,7 @@ from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.config.settings.serving import ServingConfig, ServingDtype
 from pipeline.data.padding import read_by
 from pipeline.errors import UserError
+from pipeline.evaluation.serving.decoding import chosen
 from pipeline.evaluation.serving.measure import check_load, draw_prompts
 from pipeline.evaluation.serving.server import load
 from pipeline.ledger.phases import PhaseClock
@@ -308,7 +309,7 @@ class _Bench:
                 labels=self.labels,
                 now_ns=self.clock.now_ns,
                 dtype=dtype,
-                decode=self.config.decode,
+                decode=chosen(self.config.decode, self.device),
             )
             for fmt, dtype in dtypes.items()
         }

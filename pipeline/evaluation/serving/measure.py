@@ -33,7 +33,7 @@ from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.others import Others, stolen, taken, throttled
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.shapes import DtypeRecord, Figures, ServedPass, WarmUpRecord
+from pipeline.ledger.shapes import DecodeProbe, DtypeRecord, Figures, ServedPass, WarmUpRecord
 from pipeline.ledger.values import Value, derive, measured, null
 from pipeline.models.load import positions
 from pipeline.tasks.table import Task
@@ -85,6 +85,7 @@ class ServePass:
         order_seed: What orders, and readings discarded between blocks, were drawn with.
         warm_up: Rounds of readings that were discarded before, and whether the machine was steady
             then.
+        decode: By arm, how the way that tokens are written was found, where that was timed.
     """
 
     serving: dict[str, Figures]
@@ -98,6 +99,7 @@ class ServePass:
     places: dict[Pair, list[list[int]]] = field(default_factory=dict)
     order_seed: int | None = None
     warm_up: WarmUpRecord = field(default_factory=WarmUpRecord)
+    decode: dict[str, list[DecodeProbe]] = field(default_factory=dict)
 
     def to_json(self) -> ServedPass:
         """Return what `from_json` reads back."""
@@ -117,6 +119,7 @@ class ServePass:
             "places": [(*pair, places) for pair, places in self.places.items()],
             "order_seed": self.order_seed,
             "warm_up": self.warm_up,
+            "decode": self.decode,
         }
 
     @staticmethod
@@ -139,6 +142,7 @@ class ServePass:
             {(arm, base): places for arm, base, places in raw.get("places", [])},
             raw.get("order_seed"),
             raw.get("warm_up", {}),
+            raw.get("decode", {}),
         )
 
 
@@ -230,12 +234,17 @@ def serve_pass(
             )
     serving: dict[str, Figures] = {}
     how: dict[str, str] = {}
+    probes: dict[str, list[DecodeProbe]] = {}
     for arm, server in servers.items():
         readings = read.readings[arm]
         found = figures(
             readings, server.weights_bytes, task=task, load=config.load, devices=devices
         )
         serving[arm] = found | {"units_per_joule": energy[arm].to_json()}
+        if server.probes:
+            probes[arm] = list(server.probes.values())
+            took = measured(sum(each["took_s"] for each in probes[arm]))
+            serving[arm]["decode_probe_s"] = took.to_json()
         how[arm] = ", ".join(word for word in (server.dtype, readings.at_load[0].how) if word)
     kept, why_not = (None, joules) if isinstance(joules, str) else (joules, None)
     return ServePass(
@@ -249,6 +258,7 @@ def serve_pass(
         places=read.places,
         order_seed=order_seed,
         warm_up=read.warm_up,
+        decode=probes,
     )
 
 

@@ -17,9 +17,17 @@ import numpy as np
 
 from pipeline.config.settings.serving import Decode
 from pipeline.data.padding import read_by, token_of
-from pipeline.evaluation.serving.decoding import Decoder, make_decoder
+from pipeline.evaluation.serving.decoding import (
+    Decoder,
+    graphs_compiled,
+    is_timed,
+    make_decoder,
+    num_graphs,
+)
+from pipeline.evaluation.serving.fastest import fastest
 from pipeline.ledger.attempted import attempted
 from pipeline.ledger.devices.table import device_of
+from pipeline.ledger.shapes import DecodeProbe
 from pipeline.models.load import ends_once, load_model, load_tokenizer
 from pipeline.models.sixteen_bits import stored_dtype
 from pipeline.tasks.table import Task
@@ -61,6 +69,9 @@ class Server:
         model: In evaluation mode, on `device`.
         now_ns: Monotonic clock, integer nanoseconds.
         decode: How tokens are written after the prompt.
+
+    Attributes:
+        probes: How that was found where it is timed, by batch, prompt and new tokens.
     """
 
     def __init__(
@@ -76,6 +87,7 @@ class Server:
         self.weights_bytes = weights_bytes(model)
         self._now_ns, self._decode = now_ns, decode
         self._decoder: tuple[tuple[Any, ...], Decoder] | None = None
+        self.probes: dict[tuple[int, ...], DecodeProbe] = {}
         # Only the last position's logits are needed: the others would cost memory that no server
         # spends.
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -116,6 +128,7 @@ class Server:
                 return Reading((end - start) / 1e9, 0.0, len(prompt), self._working_bytes(before))
             decoder = self._decoder_for(prompt, new, decode or self._decode)
             decoder.reset()
+            graphs = graphs_compiled() if decoder.is_compiled else 0
             before = self._start_memory()
             start = self._finished_ns()
             decoder.prefill(prompt)
@@ -126,8 +139,11 @@ class Server:
         working = self._working_bytes(before)
         if working is not None:  # what a captured step takes is known from its capture alone
             working = max(decoder.held_bytes + working, decoder.peak_bytes)
+        how, anew = decoder.how, graphs_compiled() - graphs if decoder.is_compiled else 0
+        if anew:
+            how += f", {num_graphs(anew)} compiled while it was read"
         return Reading(
-            (middle - start) / 1e9, (end - middle) / 1e9, len(prompt) * new, working, decoder.how
+            (middle - start) / 1e9, (end - middle) / 1e9, len(prompt) * new, working, how
         )
 
     def _decoder_for(self, prompt: torch.Tensor, new: int, decode: Decode) -> Decoder:
@@ -138,8 +154,20 @@ class Server:
         if self._decoder is None or self._decoder[0] != asked:
             # Freed before the new one is made: two caches may not fit.
             self._decoder = None
-            self._decoder = asked, make_decoder(self.model, decode, self._last_only, prompt, new)
+            self._decoder = asked, self._made(prompt, new, decode)
         return self._decoder[1]
+
+    def _made(self, prompt: torch.Tensor, new: int, decode: Decode) -> Decoder:
+        """Return a decoder; the way that a probe found for a shape is not looked for again."""
+        shape = (*prompt.shape, new)
+        if is_timed(decode, prompt.device):
+            if shape not in self.probes:
+                found, self.probes[shape] = fastest(
+                    self.model, self._last_only, prompt, new, self._now_ns
+                )
+                return found
+            decode = Decode(self.probes[shape]["chosen"])
+        return make_decoder(self.model, decode, self._last_only, prompt, new)
 
     def _finished_ns(self) -> int:
         device_of(self.device).synchronise()

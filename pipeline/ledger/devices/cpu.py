@@ -45,8 +45,20 @@ class Cpu(Device):
     def synchronise(self) -> None:
         pass
 
+    def why_no_compile(self) -> str | None:
+        return attempted(
+            _has_compiler, lambda _: "torch.compile needs a C++ compiler, none is here"
+        )
+
     def reader(self, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
         return Absent("a CPU run uses no GPU")
 
     def takes_lengths(self, dtype: torch.dtype, width: int) -> bool:
         return True
+
+
+def _has_compiler() -> None:
+    """Have torch look for the compiler of its C++; it raises where it finds none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    get_cpp_compiler()

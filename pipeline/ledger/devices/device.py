@@ -64,6 +64,13 @@ EVERYWHERE = (Precision.auto, Precision.fp32, Precision.bf16, Precision.bf16_pur
 """What any device of torch trains in, slowly or not."""
 
 
+WARM_UPS = 2  # runs of a step before its capture
+
+
+class Waits(RuntimeError):
+    """A step waits for the device, and so cannot be captured."""
+
+
 class Device(ABC):
     """One device that this process computes on.
 
@@ -244,11 +251,44 @@ class Device(ABC):
         """Multiply fp32 matrices in tf32 or in IEEE fp32 inside."""
         yield
 
-    def capture(self, step: Callable[[], None], prepare: Callable[[], None]) -> Callable[[], None]:
-        """Return what replays `step`, captured after it was run with `prepare` before it.
-
-        What is not allowed in a capture (waiting for the device, say) raises.
+    def why_no_compile(self) -> str | None:
+        """Return why torch.compile makes no code for it here; None where nothing speaks against
+        it.
         """
+        return None
+
+    def capture(self, step: Callable[[], None], prepare: Callable[[], None]) -> Callable[[], None]:
+        """Return what replays `step`, each run of which `prepare` comes before.
+
+        It is captured only where a run of it in which nothing may wait passes: a capture that fails
+        leaves torch's allocator and streams in a state that no later work of the process survives.
+
+        Raises:
+            Waits: If the step waits for the device.
+            NotImplementedError: Where not `captures`.
+        """
+        if not self.captures:
+            raise NotImplementedError(f"{self.kind} captures no graphs")
+        self._first_runs(step, prepare)
+        prepare()
+        with self.no_waits():
+            step()
+        prepare()
+        return self._captured(step)
+
+    @contextmanager
+    def no_waits(self) -> Generator[None]:
+        """Have what waits for the device raise `Waits` inside, as far as torch sees it."""
+        yield
+
+    def _first_runs(self, step: Callable[[], None], prepare: Callable[[], None]) -> None:
+        """Run a step as it is: first calls choose kernels and ask for workspaces."""
+        for _ in range(WARM_UPS):
+            prepare()
+            step()
+
+    def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Capture a step that waits for nothing."""
         raise NotImplementedError(f"{self.kind} captures no graphs")
 
     # -- other processes --------------------------------------------------------------------------

@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.config.settings.precision import Precision
+from pipeline.errors import one_line
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.cuda.handles import full_uuid
 from pipeline.ledger.devices.cuda.nvml import open_reader
-from pipeline.ledger.devices.device import Allocator, Device, Event
+from pipeline.ledger.devices.device import Allocator, Device, Event, Waits
 from pipeline.ledger.devices.reader import Absent, Reader
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Cuda(Device):
     torchao = True
     chunk_bytes = 256 * 2**20
     toolkit = "cuda"
+    _failed: ClassVar[str] = ""  # why a capture failed that torch's checks had let pass
 
     @classmethod
     def count(cls) -> int:
@@ -241,22 +243,58 @@ class Cuda(Device):
         finally:
             matmul.fp32_precision = before
 
+    def why_no_compile(self) -> str | None:
+        found = importlib.util.find_spec("triton") is not None
+        return None if found else "torch.compile needs Triton, which is not installed"
+
     def capture(self, step: Callable[[], None], prepare: Callable[[], None]) -> Callable[[], None]:
         import torch
 
+        if Cuda._failed:
+            raise RuntimeError(f"an earlier capture failed in this process ({Cuda._failed})")
         # streams and captures are of the current device
         with torch.cuda.device(self.at):
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                for _ in range(WARM_UPS):
-                    prepare()
-                    step()
-            torch.cuda.current_stream().wait_stream(beside)
-            prepare()
-            graph = torch.cuda.CUDAGraph()
+            return super().capture(step, prepare)
+
+    @contextmanager
+    def no_waits(self) -> Generator[None]:
+        import torch
+
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        except RuntimeError as error:
+            said = one_line(error, 120)
+            if "synchroniz" not in said:
+                raise
+            raise Waits(f"a step waits for the device ({said})") from error
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def _first_runs(self, step: Callable[[], None], prepare: Callable[[], None]) -> None:
+        import torch
+
+        # beside the usual stream, as the capture will run
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            super()._first_runs(step, prepare)
+        torch.cuda.current_stream().wait_stream(beside)
+
+    def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        import torch
+
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
             with torch.cuda.graph(graph):
                 step()
+        except Exception as error:
+            # Source: torch 2.11, torch/cuda/graphs.py: where ending a capture raises, the stream
+            # it was on stays current.
+            torch.cuda.set_stream(stream)
+            Cuda._failed = one_line(error, 120)
+            raise
         return graph.replay
 
     # -- other processes --------------------------------------------------------------------------
