@@ -60,7 +60,7 @@ def test_it_equals_the_definition_on_extreme_logits(divergence: Divergence) -> N
 @pytest.mark.parametrize("divergence", [None, *Divergence])
 def test_what_fills_a_row_up_is_read_and_left_out(divergence: Divergence | None) -> None:
     """Whatever stands there: 64 columns are read where 33 are of the vocabulary."""
-    z, t, labels = batch(5, 33)
+    z, t, labels = batch(5, 33, dtype=torch.float32)
     loss = Loss() if divergence is None else Loss(0.3, divergence, 2.0, 0.4)
     filled, theirs = (torch.full((5, 64), torch.nan) for _ in range(2))
     filled[:, :33], theirs[:, :33] = z, t
