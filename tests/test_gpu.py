@@ -81,21 +81,24 @@ def test_recipes_count_gpu_hours_and_device_memory(
     tmp_path: Path, recipe: str, more: list[str]
 ) -> None:
     result = result_of(tmp_path, f"recipe={recipe}", *more)
-    assert result["device"]["kind"] == "cuda"
-    assert result["device"]["name"] == torch.cuda.get_device_name(DEVICE)
-    for row in result["rows"]:
+    own = device_of(DEVICE)
+    assert (result["device"]["kind"], result["device"]["name"]) == (own.kind, own.name())
+    # a CPU without units for fp16 skips what needs them
+    done = [row for row in result["rows"] if own.is_gpu or row["status"] != "SKIPPED"]
+    assert done
+    for row in done:
         assert row["status"] == "FINISHED", row["why"]
         ledger = row["ledger"]
-        assert (
-            ledger["gpu_hours"]["attached"]["value"]
-            == ledger["device_hours"]["attached"]["value"]
-            > 0
-        )
-        assert ledger["memory"]["peak_allocated_bytes"]["value"] > 0
+        hours = ledger["device_hours"]["attached"]["value"]
+        assert hours > 0
+        assert ledger["gpu_hours"]["attached"]["value"] == (hours if own.is_gpu else None)
+        if own.counts_memory:
+            assert ledger["memory"]["peak_allocated_bytes"]["value"] > 0
         assert ledger["meter_valid"], ledger["meter_problems"]
         elapsed = sum(ledger["phases_ns"].values())
         assert elapsed == pytest.approx(ledger["wall_s"]["value"] * 1e9)
-        assert ledger["phases_ns"].get("other", 0) < 0.02 * elapsed
+        # tiny models on a CPU that others use: what surrounds a step weighs more
+        assert ledger["phases_ns"].get("other", 0) < (0.02 if own.is_gpu else 0.1) * elapsed
 
 
 def every_precision() -> list[Any]:
@@ -298,7 +301,9 @@ def test_a_captured_step_writes_what_a_growing_cache_writes(
     server = load(
         folder, Task.causal_lm, DEVICE, labels=None, now_ns=time.monotonic_ns, dtype=torch.float32
     )
-    prompt = np.random.default_rng(0).integers(0, 300, (3, 16))
+    # an index beyond the embedding is an assertion on the device, which is lost by it
+    vocabulary = server.model.config.vocab_size
+    prompt = np.random.default_rng(0).integers(0, vocabulary, (3, 16))
 
     def written(way: Decode) -> tuple[torch.Tensor, str]:
         server.once(prompt[::-1], 8, decode=way)
@@ -313,6 +318,8 @@ def test_a_captured_step_writes_what_a_growing_cache_writes(
     tokens, how = written(decode)
     print(fmt, how)
     assert torch.equal(tokens, expected)
+    if not device_of(DEVICE).captures:
+        return
     assert "CUDA graph" in how or "(not " in how
     if fmt is None:
         assert how.endswith(", CUDA graph")

@@ -500,6 +500,7 @@ def test_what_is_looked_at_is_in_no_run_key() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no kernels to trace")
 def test_on_a_real_gpu_classes_close_and_computing_is_seen(tmp_path: Path) -> None:
     clock, model = PhaseClock(), tiny(Task.causal_lm).to(CUDA)
     tracer = StepTracer(tmp_path / "traces", CUDA, [4])
