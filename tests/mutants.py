@@ -243,6 +243,22 @@ MUTANTS = (
         ("test_quantization.py::test_an_artifact_that_is_not_what_was_quantized_fails_its_stage",),
     ),
     Mutant(
+        "lost-device",
+        "a lost device is taken for the fault of an optional stage, and the next one is tried",
+        "runs/runner.py",
+        "isinstance(error, DiskFull | DeviceLost)",
+        "isinstance(error, DiskFull)",
+        ("test_memory.py::test_a_device_that_is_lost_ends_the_run_though_its_stage_is_optional",),
+    ),
+    Mutant(
+        "module-energy",
+        "a superchip's row holds its CPU's energy as the GPU's",
+        "ledger/gpu_usage.py",
+        "return _Energy(integral, integral, counter)",
+        "return _Energy(counter, integral, counter)",
+        ("test_gpu_sampler.py",),
+    ),
+    Mutant(
         "redaction",
         "a secret in a record that leaves the process is printed",
         "config/redaction.py",

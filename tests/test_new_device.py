@@ -85,6 +85,18 @@ def test_a_run_is_on_the_device_that_was_added(result: dict[str, Any]) -> None:
     assert row["ledger"]["placement"]["device_names"] == ["Toy 9000"]
 
 
+def test_torch_is_asked_of_accelerators_by_their_classes_alone() -> None:
+    """Not every kind answers what torch asks of all kinds: Apple's counts no memory, say."""
+    asks = re.compile(r"torch\.(?:accelerator|xpu|mps)\b")
+    asking = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "pipeline").rglob("*.py")
+        if asks.search(path.read_text())
+    }
+    assert {each for each in asking if not each.startswith("pipeline/ledger/devices/")} == set()
+    assert "pipeline/ledger/devices/other.py" in asking
+
+
 def test_cuda_is_named_by_its_own_class_alone() -> None:
     found = {
         f"{path.relative_to(ROOT)}:{number}"
