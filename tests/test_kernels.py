@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from pipeline.config.settings.distillation import Divergence, HeadKernel
 from pipeline.config.settings.precision import Precision
+from pipeline.distillation import head as head_module
 from pipeline.distillation import kernels
 from pipeline.distillation.head import Head, Taught, head_loss
 from pipeline.distillation.kernels import fastest, in_words, kernel_of, liger_head_loss, why_not
-from pipeline.distillation.losses import Loss, Sparse, Sums
+from pipeline.distillation.losses import Loss, Sparse, Sums, terms_in_place
 from pipeline.errors import UserError
+from pipeline.ledger.devices.cpu import Cpu
 from pipeline.ledger.phases import PhaseClock
+from pipeline.stages import head_choice
 from pipeline.stages.head_choice import choose_head, probe_heads
 from pipeline.tasks.table import Task
 from pipeline.training.objective import Objective, Teacher
@@ -151,7 +155,8 @@ def test_the_probe_reads_a_real_micro_batch_and_changes_nothing() -> None:
     )
     expected = objective(batches.batch(0)).loss.item()
     with objective.clock.phase("other"):
-        said = probe_heads(objective, batches, config)
+        said = probe_heads(objective, batches, config)["said"]
+    assert said is not None
     assert {"torch", "liger"} <= set(
         said.replace(":", " ").replace("(", " ").replace(";", " ").split()
     )
@@ -181,6 +186,55 @@ def test_a_cpu_needs_no_probe_and_a_named_kernel_is_used(monkeypatch: pytest.Mon
     )
     objective(batches.batch(0))
     assert used == ["liger"]
+
+
+def test_chunks_are_as_long_as_is_fastest_and_as_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A stand-in for a device with Triton: lengths that fit its free memory are timed in turns; an
+    attempt that goes on takes over what was found.
+    """
+    objective, config = objective_for(), settings(batch_size=16, sequence_length=64)
+    batches = batches_for(config)
+    tried: list[list[int]] = []
+
+    def timed(able: dict[int, Any], *inputs: Any, **asked: Any) -> dict[int, float]:
+        tried.append(list(able))
+        values = [each(*inputs, **asked)[0].item() for each in able.values()]
+        assert values == pytest.approx([values[0]] * len(values))
+        return {rows: 1.0 + abs(rows - 32) for rows in able}
+
+    monkeypatch.setattr(Cpu, "triton", True)
+    monkeypatch.setattr(Cpu, "counts_memory", True)
+    row_bytes = 2 * 259 * 4  # student's and teacher's logits of a token, fp32
+    free = int(100 * row_bytes / head_choice.MEMORY)
+    monkeypatch.setattr(Cpu, "free_bytes", lambda _: (free, 2 * free))
+    monkeypatch.setattr(head_choice, "ROWS", (8, 32, 64, 128))
+    monkeypatch.setattr(head_choice, "in_turns", timed)
+    monkeypatch.setattr(head_module, "default_terms", lambda *_, **__: terms_in_place)
+    given: Any = ("stages.s.head", HeadKernel.torch, objective, batches, config)
+    found = choose_head(*given, folder=tmp_path)
+    assert tried == [[8, 32, 64]] * 2  # 128 do not fit; the first turn asks for memory
+    assert found == {
+        "kernel": "torch",
+        "rows": 32,
+        "said": "chunks of 32 tokens (1e+03 ms; 8 2.5e+04 ms, 64 3.3e+04 ms)",
+    }
+    chunks: list[int] = []
+    add = head_module._add_product
+    monkeypatch.setattr(
+        head_module,
+        "_add_product",
+        lambda total, tile, h: (chunks.append(len(h)), add(total, tile, h)),
+    )
+    objective(batches.batch(0))
+    assert max(chunks) == 32
+    assert choose_head(*given, folder=tmp_path) == found
+    assert len(tried) == 2
+    # where there is no room to choose, the device's own chunks stay
+    monkeypatch.setattr(Cpu, "free_bytes", lambda _: (free // 20, free))
+    other = choose_head(*given)
+    assert other == {"kernel": "torch", "rows": None, "said": None}
 
 
 def test_liger_is_refused_where_vocabularies_differ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +283,9 @@ def test_a_kernel_has_no_effect_where_logits_are_held_in_full() -> None:
     model = made("bert")
     own = examine(model, CPU)
     objective = Objective(model, Task.causal_lm, Precision.fp32, CPU, PhaseClock(), read=own)
-    said = choose_head("stages.s.head", HeadKernel.torch, objective, None, settings())
-    assert said == "head=torch has no effect: logits are held in full"
+    found = choose_head("stages.s.head", HeadKernel.torch, objective, None, settings())
+    assert found is not None
+    assert found["said"] == "head=torch has no effect: logits are held in full"
     assert choose_head("stages.s.head", HeadKernel.auto, objective, None, settings()) is None
 
 

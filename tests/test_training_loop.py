@@ -35,6 +35,7 @@ from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock, difference
 from pipeline.tasks.table import Task
 from pipeline.training import checkpoint
+from pipeline.training import objective as objective_module
 from pipeline.training.loop import Hooks, Progress, train
 from pipeline.training.objective import (
     Objective,
@@ -624,6 +625,27 @@ def test_the_hash_of_a_model_sees_one_changed_bit() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-7
     assert parameter_hash(model) != before
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int8]
+)
+def test_a_hash_sees_every_bit_and_its_place(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective_module, "HASHED", 7)  # a tensor has several parts
+    words = torch.arange(-10, 10).to(torch.float32).to(dtype)
+    swapped, moved = words.clone(), words.clone()
+    swapped[[3, 12]] = words[[12, 3]]
+    moved.view(torch.uint8)[0] ^= 1
+
+    def of(tensor: torch.Tensor) -> str:
+        module = torch.nn.Module()
+        module.register_buffer("words", tensor)
+        return parameter_hash(module)
+
+    assert of(words.clone()) == of(words)
+    assert len({of(words), of(swapped), of(moved), of(words[:-1])}) == 4
 
 
 # -- precision ------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ class _Work:
     terms: Terms
     transform: Transform = PLAIN
     trains: bool = True  # whether any gradient will be asked for
+    rows: int | None = None  # tokens of a chunk; None: what the device's chunks hold
 
     def mean(self, sums: Sums) -> Tensor:
         """Return the mean loss."""
@@ -267,6 +268,8 @@ def _rows(weight: Tensor, teacher: Head | None, work: _Work) -> int:
     """Return how many tokens a chunk holds: a multiple of 64 where it is that large, as matrix
     units like it.
     """
+    if work.rows is not None:
+        return work.rows
     # Bytes of one token's logits
     columns = weight.shape[0] * work.dtype.itemsize
     if teacher is not None:
@@ -328,6 +331,7 @@ def head_loss(
     vocabulary: int | None = None,
     taught: Taught | Sparse | Logits | None = None,
     terms: Terms | None = None,
+    rows: int | None = None,
 ) -> tuple[Tensor, Sums]:
     """Compute the mean loss over the given tokens from hidden states, chunk by chunk.
 
@@ -344,6 +348,7 @@ def head_loss(
             positions, forward KL only); None: plain cross-entropy, whatever `loss.ce_weight` says.
         terms: What turns logits into gradients; None: the Triton kernel on CUDA, plain torch
             elsewhere.
+        rows: Tokens of a chunk; None: what `Device.chunk_bytes` holds.
 
     Returns:
         The mean loss (0-dim, differentiable in `hidden` and the head), and the unweighted sums.
@@ -357,6 +362,7 @@ def head_loss(
         terms=terms or default_terms(hidden.device, cached=isinstance(taught, Sparse)),
         transform=head.transform,
         trains=torch.is_grad_enabled(),
+        rows=rows,
     )
     # `dtype` says what is rounded; autocast would round the fp32 sums as well.
     with torch.autocast(hidden.device.type, enabled=False):

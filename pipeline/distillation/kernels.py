@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from pipeline.distillation.losses import (
 from pipeline.distillation.transform import Transform
 from pipeline.ledger.devices.table import device_of
 
+Name = TypeVar("Name")
 HeadLoss = Callable[..., tuple[Tensor, Sums]]
 """The contract of `head.head_loss`."""
 # Liger's JSD loss at the ends of its beta is a plain KL.
@@ -78,18 +79,23 @@ def why_not(kernel: HeadKernel, device: torch.device) -> str | None:
     return None
 
 
-def kernel_of(kernel: HeadKernel) -> HeadLoss:
+def kernel_of(kernel: HeadKernel, rows: int | None = None) -> HeadLoss:
     """Return the head loss that a kernel computes; `auto` is what `head.default_terms` takes.
 
     Its arguments have the shapes and dtypes of `head.head_loss`.
+
+    Args:
+        rows: Tokens of a chunk, where the kernel is ours.
     """
     if kernel is HeadKernel.torch:
-        return _by(terms_in_place, sparse_terms_in_place)
+        return _by(terms_in_place, sparse_terms_in_place, rows)
     if kernel is HeadKernel.triton:
         from pipeline.distillation import triton_terms
 
-        return _by(triton_terms.terms_in_place, triton_terms.sparse_terms_in_place)
-    return liger_head_loss if kernel is HeadKernel.liger else head_loss
+        return _by(triton_terms.terms_in_place, triton_terms.sparse_terms_in_place, rows)
+    if kernel is HeadKernel.liger:
+        return liger_head_loss
+    return head_loss if rows is None else partial(head_loss, rows=rows)
 
 
 def compiled_head() -> HeadLoss:
@@ -98,13 +104,12 @@ def compiled_head() -> HeadLoss:
     return _by(partial(terms_in_place, compute=compute), sparse_terms_in_place)
 
 
-def _by(live: Terms, cached: Terms) -> HeadLoss:
+def _by(live: Terms, cached: Terms, rows: int | None = None) -> HeadLoss:
     """Return the head loss by the code for live teachers and for cached ones."""
 
     def compute(*inputs: Any, taught: Any = None, **settings: Any) -> tuple[Tensor, Sums]:
-        return head_loss(
-            *inputs, taught=taught, terms=cached if isinstance(taught, Sparse) else live, **settings
-        )
+        terms = cached if isinstance(taught, Sparse) else live
+        return head_loss(*inputs, taught=taught, terms=terms, rows=rows, **settings)
 
     return compute
 
@@ -184,7 +189,7 @@ def fastest(
     )
     allowed = TOLERANCE[settings["dtype"]]
     found: dict[HeadKernel, Probed] = {}
-    seconds: dict[HeadKernel, list[float]] = {}
+    able: dict[HeadKernel, HeadLoss] = {}
     for name, kernel in kernels.items():
         try:
             error = _error(_gradients(kernel, hidden, head, labels, **settings), right)
@@ -192,22 +197,33 @@ def fastest(
         except (ValueError, RuntimeError, ImportError) as problem:
             found[name] = Probed(float("nan"), float("nan"), " ".join(str(problem).split())[:200])
             continue
-        seconds[name] = []
+        able[name] = kernel
         found[name] = Probed(
             0.0, error, None if error <= allowed else f"off by {error:.1e}, {allowed:g} allowed"
         )
-    for number in range(ROUNDS):
-        # Every other round goes backwards, so that a drift of the clock rate favours no kernel.
-        for name in sorted(seconds, key=list(seconds).index, reverse=bool(number % 2)):
-            seconds[name].append(_seconds(kernels[name], hidden, head, labels, **settings))
     # The comparison above has run every kernel once, so compiling is in none of these times.
+    seconds = in_turns(able, hidden, head, labels, **settings)
     found |= {
-        name: Probed(statistics.median(each), found[name].error, found[name].why_not)
-        for name, each in seconds.items()
+        name: Probed(each, found[name].error, found[name].why_not) for name, each in seconds.items()
     }
     right_ones = [name for name in seconds if found[name].why_not is None]
     # Without any kernel within the tolerance, the definition itself is taken.
     return min(right_ones, key=lambda name: found[name].seconds, default=HeadKernel.torch), found
+
+
+def in_turns(
+    kernels: Mapping[Name, HeadLoss], hidden: Tensor, head: Head, labels: Tensor, **settings: Any
+) -> dict[Name, float]:
+    """Return the median seconds of forward and backward of each, taken in turns; arguments as
+    `fastest` has them.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in kernels}
+    names = list(kernels)
+    for number in range(ROUNDS):
+        # Every other round goes backwards, so that a drift of the clock rate favours no kernel.
+        for name in names if number % 2 == 0 else reversed(names):
+            seconds[name].append(_seconds(kernels[name], hidden, head, labels, **settings))
+    return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 def _gradients(

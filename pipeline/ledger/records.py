@@ -199,6 +199,11 @@ CHOICE = Spec(
     ),
 )
 """What an earlier attempt at a stage chose for its precision."""
+HEAD = Spec(
+    shapes.HeadChoice,
+    _fields(kernel=_TEXT, rows={"type": ["integer", "null"]}, said={"type": ["string", "null"]}),
+)
+"""What an earlier attempt at a stage chose for its head."""
 SHARD = Spec(
     shapes.Shard,
     _fields(

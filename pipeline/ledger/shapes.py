@@ -760,6 +760,16 @@ class PrecisionChoice(TypedDict):
     not_tried: NotRequired[list[str]]
 
 
+class HeadChoice(TypedDict):
+    """head.json of a stage: which kernel computes its head, and in chunks of how many tokens; None:
+    what the device's chunks hold.
+    """
+
+    kernel: str
+    rows: int | None
+    said: str | None
+
+
 class FormatTrial(TypedDict):
     """A format that was tried; see `quantization.search.Trial`."""
 
@@ -827,6 +837,7 @@ class About(TypedDict, total=False):
 
     precision: PrecisionChoice
     compiling: CompileRecord
+    head: HeadChoice
     search: SearchRecord
     quantization: QuantizationFacts
     recovery: RecoveryRecord

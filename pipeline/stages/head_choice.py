@@ -1,35 +1,58 @@
 """Which kernel computes a stage's head: the one that is named, or on CUDA the fastest of those that
-are right.
+are right, in chunks of the length that is fastest there.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.config.settings.distillation import Divergence, HeadKernel
 from pipeline.config.settings.training import TrainingConfig
-from pipeline.distillation.kernels import NOT_FOR_LIGER, fastest, in_words, kernel_of, why_not
+from pipeline.distillation.head import Taught
+from pipeline.distillation.kernels import (
+    NOT_FOR_LIGER,
+    fastest,
+    in_turns,
+    in_words,
+    kernel_of,
+    why_not,
+)
 from pipeline.distillation.transform import Unknown
 from pipeline.errors import UserError
 from pipeline.ledger.devices.table import device_of
+from pipeline.ledger.records import HEAD, read_record
+from pipeline.ledger.shapes import HeadChoice
+from pipeline.store.artifacts import write_json
 from pipeline.training.objective import Objective, columns_of
 
+FILE = "head.json"
+ROWS = (512, 1024, 2048, 4096)  # tokens of a chunk that are tried
+MEMORY = 0.1  # of what is free, that a chunk's logits may take
 SKEWED = (Divergence.skewed_kl, Divergence.skewed_reverse_kl)
 
 
 def choose_head(
-    key: str, wanted: HeadKernel, objective: Objective, batches: Any, settings: TrainingConfig
-) -> str | None:
-    """Have `objective` use a kernel; return what a probe found where there was a choice.
+    key: str,
+    wanted: HeadKernel,
+    objective: Objective,
+    batches: Any,
+    settings: TrainingConfig,
+    *,
+    folder: Path | None = None,
+) -> HeadChoice | None:
+    """Have `objective` use a kernel; return what was chosen where there was a choice.
 
-    `auto` probes on CUDA only: elsewhere Liger's chunked loss, the one other kernel, has never been
-    the faster one (benchmarks/distillation_head.py), and a run would pay for finding that out
-    again.
+    Probes are for devices with Triton: elsewhere Liger's chunked loss, the one other kernel, has
+    never been the faster one (benchmarks/distillation_head.py), and a run would pay for finding
+    that out again.
 
     Args:
         key: Of the setting, for who must change it.
+        folder: Of the stage's checkpoints: what was chosen stays there, and an attempt that goes on
+            takes it over.
 
     Raises:
         UserError: If Liger is wanted for models of two vocabularies, or whose logits are more than
@@ -40,17 +63,20 @@ def choose_head(
     if wanted is HeadKernel.liger and objective.teacher is not None:
         _refuse_for_liger(key, objective, objective.teacher.model)
     if isinstance(objective.head, Unknown):
-        return (
-            None
-            if wanted is HeadKernel.auto
-            else f"head={wanted.value} has no effect: logits are held in full"
-        )
-    if wanted is not HeadKernel.auto:
-        objective.head_loss = kernel_of(wanted)
-        return None
+        no_effect = f"head={wanted.value} has no effect: logits are held in full"
+        said = None if wanted is HeadKernel.auto else no_effect
+        return None if said is None else {"kernel": "the model's own", "rows": None, "said": said}
     if not device_of(objective.device).triton:
+        if wanted is not HeadKernel.auto:
+            objective.head_loss = kernel_of(wanted)
         return None
-    return probe_heads(objective, batches, settings)
+    path = None if folder is None else folder / FILE
+    kept = None if path is None else read_record(path, HEAD, so="the head's kernel is chosen anew")
+    found = kept if kept is not None else probe_heads(objective, batches, settings, wanted)
+    objective.head_loss = kernel_of(HeadKernel(found["kernel"]), found["rows"])
+    if path is not None:
+        write_json(path, dict(found))
+    return found
 
 
 def _refuse_for_liger(key: str, objective: Objective, teacher: Any) -> None:
@@ -74,21 +100,57 @@ def _refuse_for_liger(key: str, objective: Objective, teacher: Any) -> None:
         )
 
 
-def probe_heads(objective: Objective, batches: Any, settings: TrainingConfig) -> str:
-    """Time the kernels that are there on the first micro-batch and take the fastest; return what
-    was found.
+def probe_heads(
+    objective: Objective,
+    batches: Any,
+    settings: TrainingConfig,
+    wanted: HeadKernel = HeadKernel.auto,
+) -> HeadChoice:
+    """Time what is there on the first micro-batch: the kernels where none is named, then chunks of
+    the fastest one; return what was found. No generator and no weight changes.
     """
     with objective.clock.phase("search"):
-        asked = _asked_of_head(objective, batches, settings)
-        kernels = {
-            name: kernel_of(name)
-            for name in (HeadKernel.torch, HeadKernel.triton, HeadKernel.liger)
-            if why_not(name, objective.device) is None
-            and not (name is HeadKernel.liger and _is_not_ligers(objective))
-        }
-        chosen, found = fastest(kernels, *asked[0], **asked[1])
-        objective.head_loss = kernels[chosen]
-    return in_words(chosen, found)
+        inputs, asked = _asked_of_head(objective, batches, settings)
+        chosen, said = wanted, list[str]()
+        if wanted is HeadKernel.auto:
+            kernels = {
+                name: kernel_of(name)
+                for name in (HeadKernel.torch, HeadKernel.triton, HeadKernel.liger)
+                if why_not(name, objective.device) is None
+                and not (name is HeadKernel.liger and _is_not_ligers(objective))
+            }
+            chosen, found = fastest(kernels, *inputs, **asked)
+            said.append(in_words(chosen, found))
+        rows, seconds = _fastest_rows(chosen, objective.device, inputs, asked)
+        if rows is not None:
+            others = ", ".join(f"{n} {1e3 * s:.3g} ms" for n, s in seconds.items() if n != rows)
+            said.append(f"chunks of {rows} tokens ({1e3 * seconds[rows]:.3g} ms; {others})")
+    return {"kernel": chosen.value, "rows": rows, "said": "; ".join(said) or None}
+
+
+def _fastest_rows(
+    kernel: HeadKernel, device: torch.device, inputs: Any, asked: dict[str, Any]
+) -> tuple[int | None, dict[int, float]]:
+    """Return the tokens of a chunk that take the least time, and the seconds of each number tried.
+
+    Small chunks read and write the fp32 gradient of the weight more often; large ones take memory,
+    of which a share of what is free is given to them.
+    """
+    own = device_of(device)
+    if kernel is HeadKernel.liger or not own.counts_memory:
+        return None, {}
+    hidden, head, labels = inputs
+    taught = asked["taught"]
+    columns = len(head.weight) + (len(taught.head.weight) if isinstance(taught, Taught) else 0)
+    row_bytes = columns * asked["dtype"].itemsize
+    most = min(len(labels), int(MEMORY * own.free_bytes()[0] / row_bytes))
+    fitting = [rows for rows in ROWS if rows <= most]
+    if len(fitting) < 2:
+        return None, {}
+    able = {rows: kernel_of(kernel, rows) for rows in fitting}
+    in_turns(able, hidden, head, labels, **asked)  # memory is asked for the first time
+    seconds = in_turns(able, hidden, head, labels, **asked)
+    return min(seconds, key=lambda rows: seconds[rows]), seconds
 
 
 def _is_not_ligers(objective: Objective) -> bool:

@@ -148,7 +148,9 @@ def run_training(
     if distill is not None:
         _check_teaches(distill, ready, validate, settings, ctx)
         key = f"stages.{ctx.stage}.head"
-        head = choose_head(key, distill.head, ready.objective, ready.text, settings)
+        head = choose_head(
+            key, distill.head, ready.objective, ready.text, settings, folder=ctx.checkpoints
+        )
     progress, timeline = _loop(ready, validate, settings, ctx)
     share = _share_of_teacher(distill, ready, settings, ctx)
     with ctx.clock.phase("checkpoint"):
@@ -164,11 +166,14 @@ def run_training(
     output = ready.flops.add_to(output, progress.flops)
     compiled = progress.compiling
     read = _epochs_said(settings, ready.num_rows, ctx)
-    said = (*ready.said, choice, head, compile_said(compiled), read)
+    head_said = None if head is None else head["said"]
+    said = (*ready.said, choice, head_said, compile_said(compiled), read)
     notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
     about: About = {"compiling": compiled}
     if choice is not None:
         about["precision"] = choice.about
+    if head is not None:
+        about["head"] = head
     return replace(output, notes=notes, gpu_timeline=timeline, about=about)
 
 

@@ -97,9 +97,8 @@ class MasterWeights:
 
     def write_back(self) -> None:
         """Round the stepped masters into the model."""
-        with torch.no_grad():
-            for parameter, master in zip(self.own, self.masters, strict=True):
-                parameter.copy_(master)
+        with torch.no_grad():  # one launch for many tensors, where the device has such a kernel
+            torch.ops.aten._foreach_copy_(self.own, self.masters)
 
     def restore(self) -> None:
         """Give the model its weights back in dtype fp32: the masters themselves, not copies."""
