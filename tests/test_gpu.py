@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from make_assess_models import saved, tiny
+from test_attention import model_of, positions_of
+from test_training_loop import batches_for, hooks, settings
 
 from pipeline.config.settings.distillation import Divergence
 from pipeline.config.settings.model import TinyShape
@@ -36,9 +38,10 @@ from pipeline.models.load import load_model
 from pipeline.quantization.backend import formats, quantize
 from pipeline.quantization.backend import why_not as why_not_quantize
 from pipeline.tasks.table import Task
-from pipeline.training.loop import Hooks, train
+from pipeline.training.loop import Hooks, _Loop, train
 from pipeline.training.objective import Objective
-from pipeline.training.precision import why_not
+from pipeline.training.precision import arithmetic, why_not
+from pipeline.training.reading import Documents, examine, hidden_states
 
 pytestmark = pytest.mark.gpu
 
@@ -269,6 +272,48 @@ def test_the_compiled_kernel_reads_a_cached_teacher(dtype: torch.dtype, temperat
     torch.testing.assert_close(
         got, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-3, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "gpt2"])
+def test_documents_by_lengths_are_those_under_a_mask(kind: str) -> None:
+    """In bf16, in which flash attention takes lengths; gradients too."""
+    model = model_of(kind).to(DEVICE)
+    read = examine(model, DEVICE)
+    positions = positions_of()
+    inputs = {"input_ids": positions.to(DEVICE) + 3, "position_ids": positions.to(DEVICE)}
+    documents = Documents.of(inputs["position_ids"], positions)
+    told = documents.told(model, read, Precision.bf16)
+    assert "cu_seq_lens_q" in told
+    found: list[list[torch.Tensor]] = []
+    for each in (told, {"allowed": documents.mask}):
+        with arithmetic(Precision.bf16, DEVICE):
+            states = hidden_states(model, inputs, each)
+        slopes = torch.autograd.grad(
+            states.float().square().mean(), list(model.base_model.parameters())
+        )
+        # all gradients together: some are nothing but rounding by themselves
+        found.append([states.detach().float(), torch.cat([each.flatten() for each in slopes])])
+    for ours, masked in zip(*found, strict=True):
+        assert (ours - masked).norm() / masked.norm() < 0.03
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="tests/test_host_waits.py counts on a CPU")
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.bf16_pure])
+def test_a_step_waits_for_nothing(precision: Precision) -> None:
+    """torch raises where the host would wait for the device."""
+    model, config = tiny(Task.causal_lm).to(DEVICE), settings()
+    read = examine(model, DEVICE)
+    objective = Objective(model, Task.causal_lm, precision, DEVICE, PhaseClock(), read=read)
+    loop = _Loop.of(
+        model, objective, config, PrecisionConfig(name=precision), PhaseClock(), hooks()
+    )
+    batches = batches_for(config)
+    loop.step(batches)  # the optimizer makes its state, kernels are compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_compiled_model_trains(tmp_path: Path) -> None:
