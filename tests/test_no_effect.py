@@ -50,6 +50,7 @@ REFUSED = [
     ("recipe=full", "policy.metrics.accuracy.margin", "in recipe=full"),
     ("recipe=quantize", "store.url", "in recipe=quantize"),
     ("recipe=baseline", "serving.volume", "where no pair of arms is compared on serving"),
+    ("recipe=distill", "serving.draft_tokens", "without serving.draft"),
     ("recipe=baseline seeds=[1,2]", "seed", "beside seeds"),
     ("recipe=baseline", "allow_no_speedup", "without a quantize stage"),
     ("recipe=baseline", "cost.teacher_shared_by", "without a teacher"),

@@ -187,6 +187,9 @@ RULES: dict[str, Rule] = {
     "quality.max_bytes_per_document": lambda run: (
         None if run.task.kind.is_language else f"for a {run.task.kind.word}"
     ),
+    "serving.draft_tokens": (
+        lambda run: None if run.serving.draft is not None else "without serving.draft"
+    ),
     "serving.volume": _not_served,
     "serving.rate": _not_served,
     "policy": _no_gate,

@@ -27,6 +27,7 @@ from pipeline.ledger.cost import check_cost
 from pipeline.ledger.devices.table import KINDS, is_device
 from pipeline.models.load import check_local
 from pipeline.stages.base import Stage, stages_of
+from pipeline.stages.drafts import draft_of
 from pipeline.stages.table import STAGES
 from pipeline.store.artifacts import MODEL
 
@@ -281,3 +282,4 @@ def _check_rest(run: Run) -> None:
             "serving.batches", f"{run.serving.batches} has a batch below 1", "give e.g. [1,8,32]"
         )
     read_results(run)
+    draft_of(run)

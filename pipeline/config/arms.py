@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 BASE = "base"
 """The model of `model.*`, which is there before any stage."""
 STUDENT_INIT = "student_init"
@@ -13,6 +15,21 @@ device best.
 RESERVED = (BASE, STUDENT_INIT, BEST_16_BIT)
 CANDIDATE, BASELINE = "candidate", "baseline"
 """The two arms of a release check, and the settings that refer to their artifacts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An arm that drafts for another one.
+
+    Attributes:
+        arm: The arm that drafts.
+        of: The arm that verifies, whose text it is.
+        tokens: That are drafted at a time.
+    """
+
+    arm: str
+    of: str
+    tokens: int
 
 
 def stage_name(arm: str) -> str:

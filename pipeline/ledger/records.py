@@ -161,6 +161,7 @@ SERVED = Spec(
                 "order_seed": {"type": ["integer", "null"]},
                 "warm_up": _OBJECT,
                 "decode": _OBJECT,
+                "draft": {"type": ["object", "null"]},
                 "joules": {"oneOf": [{"type": "null"}, _list_of(_SECONDS, least=2, most=2)]},
             },
             serving={

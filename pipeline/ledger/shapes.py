@@ -933,6 +933,30 @@ class DecodeProbe(TypedDict):
     took_s: float
 
 
+class DraftRecord(TypedDict):
+    """An arm served with another one as its draft; see `evaluation.serving.drafting`.
+
+    Attributes:
+        draft: The arm that drafts; `of` is the one that verifies.
+        tokens: That are drafted at a time.
+        prompts: That both were read on; left out, as all that follows it, where nothing was read.
+        how: How tokens were written with the draft; `how_without` without.
+        saving: Share of the time without it that the draft saves, and the ends of its interval.
+        why: Why nothing was read.
+        said: What a report says of it.
+    """
+
+    draft: str
+    of: str
+    tokens: int
+    prompts: NotRequired[int]
+    how: NotRequired[str]
+    how_without: NotRequired[str]
+    saving: NotRequired[list[float]]
+    why: str | None
+    said: list[str]
+
+
 class ServedPass(TypedDict):
     """A comparison pass; see `evaluation.serving.measure.ServePass`. Of pairs: arm, base, and what
     was read of them, an array in JSON.
@@ -950,6 +974,7 @@ class ServedPass(TypedDict):
     order_seed: NotRequired[int | None]
     warm_up: NotRequired[WarmUpRecord]
     decode: NotRequired[dict[str, list[DecodeProbe]]]
+    draft: NotRequired[DraftRecord | None]
 
 
 class Served(TypedDict):

@@ -547,6 +547,9 @@ _AT_LOAD: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("token p50", "token_p50_s", duration),
     ("p95", "token_p95_s", duration),
     ("dynamic cache", f"dynamic_cache_{SERVING_KEY}", significant),
+    ("with a draft", f"drafted_{SERVING_KEY}", significant),
+    ("without", f"undrafted_{SERVING_KEY}", significant),
+    ("accepted", "draft_acceptance", percent),
     ("units per joule", "units_per_joule", significant),
     ("device memory", "peak_bytes", num_bytes),
 )
@@ -586,6 +589,12 @@ def _serving(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[s
     )
     if f"dynamic_cache_{SERVING_KEY}" in known:
         legend += f" Dynamic cache: device-seconds per 1,000 {what}s when served so, read twice."
+    if f"drafted_{SERVING_KEY}" in known:
+        legend += (
+            f" With a draft, without: device-seconds per 1,000 {what}s, one sequence at a time, on"
+            " the same prompts. Accepted: the share of drafted tokens that the arm would have"
+            " written too."
+        )
     ways = [
         bullet(f"{pair['arm']} against {pair['base']}: {how}")
         for pair in result["comparisons"]

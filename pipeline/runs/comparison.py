@@ -64,6 +64,7 @@ def compare(running: Running) -> None:
             for arm, probes in served.decode.items()
             for probe in probes
         ]
+        running.book.notes += [f"serving: {each}" for each in (served.draft or {}).get("said", [])]
     fill_serving(running, served)
     running.book.comparisons = compare_all(running, served)
     running.session.journal.write(

@@ -26,6 +26,7 @@ QUANTIZERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 UNKEYED = ("tracking", "budget", "ledger", "allow_no_speedup")
 # settings of serving that change nothing of what is measured
 UNSERVED = ("volume", "rate", "results", "check_vllm")
+DRAFT = ("draft", "draft_tokens")  # they change nothing where no draft is asked for
 
 
 class MadeOn(TypedDict):
@@ -154,7 +155,8 @@ def serving_key(
         decode: How tokens are written on this device.
     """
     gate = session.gate
-    serving = {k: v for k, v in plain(session.run.serving).items() if k not in UNSERVED}
+    unserved = UNSERVED if session.run.serving.draft is not None else (*UNSERVED, *DRAFT)
+    serving = {k: v for k, v in plain(session.run.serving).items() if k not in unserved}
     quantizers = [quantized_by(each.path) for each in artifacts.values()]
     return key_of(
         pairs=pairs,

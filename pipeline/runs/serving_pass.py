@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.compare.verdict import disturbed, moved
-from pipeline.config.arms import BASELINE, CANDIDATE
+from pipeline.config.arms import BASELINE, CANDIDATE, Draft
 from pipeline.config.settings.serving import Decode, ServingDtype
 from pipeline.data.encode import encode_all
 from pipeline.evaluation.serving.decoding import chosen, is_timed
+from pipeline.evaluation.serving.drafting import Drafted, draft_pass, not_drafted
 from pipeline.evaluation.serving.dtype import choose_dtype
 from pipeline.evaluation.serving.measure import ServePass, serve_pass
 from pipeline.ledger.attempted import attempted, unmeasured
@@ -26,7 +28,12 @@ from pipeline.runs.keys import serving_key
 from pipeline.runs.out_of_memory import failing_as
 from pipeline.runs.rows import artifact_of
 from pipeline.runs.running import Running
+from pipeline.stages.drafts import draft_of
 from pipeline.store.artifacts import Artifact, key_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 PROMPT_DOCUMENTS = 64  # test documents that prompts are cut from
 
@@ -48,6 +55,9 @@ def read_serving(running: Running, pairs: list[tuple[str, str]]) -> ServePass | 
 def _served(running: Running, pairs: list[tuple[str, str]]) -> ServePass:
     session, rows = running.session, running.book.finished(running.session.seeds[0])
     arms = dict.fromkeys(arm for pair in pairs for arm in pair)
+    draft = draft_of(session.run)
+    if draft is not None and draft.arm in rows:
+        arms[draft.arm] = None
     artifacts = {arm: Artifact.from_json(artifact_of(rows[arm])) for arm in arms}
     decode = _asked_decode(running)
     key = serving_key(session, pairs, artifacts, decode)
@@ -168,7 +178,34 @@ def serve(running: Running, pairs: list[tuple[str, str]], order_seed: int) -> Se
     )
     for arm, drift in choice.drift.items():
         served.serving[arm] |= drift.figures()
-    return replace(served, dtype=choice.to_json())
+    served = replace(served, dtype=choice.to_json())
+    draft = draft_of(running.session.run)
+    if draft is None or draft.of not in served.serving:
+        return served
+    drafted = _drafted(running, draft, choice.dtype, prompts)
+    served.serving[draft.of] |= drafted.figures
+    return replace(served, draft=drafted.record)
+
+
+def _drafted(
+    running: Running, draft: Draft, dtype: torch.dtype | None, prompts: list[np.ndarray]
+) -> Drafted:
+    """Return what serving with a draft gives; null with the reason where there is no draft."""
+    session, rows = running.session, running.book.finished(running.session.seeds[0])
+    if draft.arm not in rows:
+        return not_drafted(draft, f"{draft.arm} was not made")
+    return draft_pass(
+        draft,
+        {arm: Path(artifact_of(rows[arm])["path"]) for arm in (draft.arm, draft.of)},
+        task=session.run.task,
+        prompts=prompts,
+        config=session.run.serving,
+        device=session.device,
+        devices=session.devices,
+        clock=session.clock,
+        dtype=dtype,
+        check=running.timeline.check_budget,
+    )
 
 
 def _asked_decode(running: Running) -> Decode:

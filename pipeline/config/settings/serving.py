@@ -68,6 +68,9 @@ class ServingConfig:
     batches: list[int] = field(default_factory=lambda: [1, 8, 32])  # also shown at these
     blocks: int = field(default=4, metadata={"min": 2})  # of arm, base, base, arm or the reverse
     decode: Decode = Decode.auto  # how tokens are written (causal_lm)
+    # student, or an arm that learnt from a teacher: that teacher is served with it as a draft, too
+    draft: Optional[str] = None
+    draft_tokens: int = positive(4)  # proposed at a time
     dtype: ServingDtype = ServingDtype.auto  # of artifacts that are stored in fp32
     # of `vllm bench`: a file (of the primary arm), or files by arm; shown as declared
     results: Any = None

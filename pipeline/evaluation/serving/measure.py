@@ -33,7 +33,14 @@ from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.others import Others, stolen, taken, throttled
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.shapes import DecodeProbe, DtypeRecord, Figures, ServedPass, WarmUpRecord
+from pipeline.ledger.shapes import (
+    DecodeProbe,
+    DraftRecord,
+    DtypeRecord,
+    Figures,
+    ServedPass,
+    WarmUpRecord,
+)
 from pipeline.ledger.values import Value, derive, measured, null
 from pipeline.models.load import positions
 from pipeline.tasks.table import Task
@@ -86,6 +93,7 @@ class ServePass:
         warm_up: Rounds of readings that were discarded before, and whether the machine was steady
             then.
         decode: By arm, how the way that tokens are written was found, where that was timed.
+        draft: Of the arm that was served with another as its draft, where one was asked for.
     """
 
     serving: dict[str, Figures]
@@ -100,6 +108,7 @@ class ServePass:
     order_seed: int | None = None
     warm_up: WarmUpRecord = field(default_factory=WarmUpRecord)
     decode: dict[str, list[DecodeProbe]] = field(default_factory=dict)
+    draft: DraftRecord | None = None
 
     def to_json(self) -> ServedPass:
         """Return what `from_json` reads back."""
@@ -120,6 +129,7 @@ class ServePass:
             "order_seed": self.order_seed,
             "warm_up": self.warm_up,
             "decode": self.decode,
+            "draft": self.draft,
         }
 
     @staticmethod
@@ -143,6 +153,7 @@ class ServePass:
             raw.get("order_seed"),
             raw.get("warm_up", {}),
             raw.get("decode", {}),
+            raw.get("draft"),
         )
 
 

@@ -146,6 +146,18 @@ class Server:
             (middle - start) / 1e9, (end - middle) / 1e9, len(prompt) * new, working, how
         )
 
+    def text(self, prompt_ids: np.ndarray, new: int, decode: Decode | None = None) -> torch.Tensor:
+        """Return the greedy tokens (batch, new) of prompts (batch, T), as `once` writes them."""
+        import torch
+
+        prompt = torch.from_numpy(prompt_ids.astype(np.int64)).to(self.device)
+        with torch.inference_mode():
+            decoder = self._decoder_for(prompt, new, decode or self._decode)
+            decoder.reset()
+            tokens = [decoder.prefill(prompt).clone()]
+            tokens += [decoder.step().clone() for _ in range(new - 1)]
+        return torch.cat(tokens, dim=1)
+
     def _decoder_for(self, prompt: torch.Tensor, new: int, decode: Decode) -> Decoder:
         """Return the decoder of this shape, made anew where the last one had another: one at a time
         is in memory.
