@@ -8,7 +8,10 @@ Arms, all on the same weights, hidden states and seed, interleaved in one proces
 (its fused ChunkedDivergenceFunction); `liger` (LigerFusedLinearJSDLoss, beta 0; compiled on CUDA,
 as it is shipped); `eager` (both logits in full, log-softmax and kl_div by autograd, as trainers
 without a fused head do); on CUDA also `ours, torch` (the head without its Triton kernel).
-`products` are the four matrix products that the method needs and nothing else: the ceiling.
+`products` are the four matrix products that the method needs and nothing else, `products, padded`
+the same at a vocabulary of the next multiple of 64: the faster one is the ceiling. An arm that
+fails, or whose logits in full would not fit into the free memory, is named with the reason; figures
+are saved as they come.
 
 Per arm: median time with the ratio to ours (over rounds), share of the ceiling's rate, peak memory
 beyond inputs and gradients, and the error of loss and gradients against float64 on a small part. On
@@ -19,18 +22,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from results import save_result
+from results import attempt, save_result
 from scipy import stats
 from torch import Tensor
 
@@ -43,6 +48,10 @@ SHAPES = {
     "cpu": ((1024, 50257, 256, 384),),
 }
 CHECKED = 64  # tokens of the comparison with float64
+# of a token and vocabulary entry in the eager arm: per model 16-bit logits (2), fp32 logits (4),
+# log-softmax (4); once the divergence (4) and what goes back (4)
+EAGER_BYTES = 28
+MULTIPLE = 64  # a vocabulary of which matrix products read in wide loads
 Arm = Callable[["Inputs"], Tensor]
 
 
@@ -239,57 +248,120 @@ def ratio(theirs: list[float], mine: list[float]) -> dict[str, float]:
     }
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def does_not_fit(shape: tuple[int, ...], free: int) -> str | None:
+    """Return why logits in full are not tried with so many bytes free."""
+    needed = EAGER_BYTES * shape[0] * shape[1]
+    if needed <= free:
+        return None
+    return f"logits in full take about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+
+
+def padded(x: Inputs) -> Inputs:
+    """Return inputs whose vocabulary is the next multiple of `MULTIPLE`."""
+    more = -len(x.weight) % MULTIPLE
+    wide = lambda weight: F.pad(weight.detach(), (0, 0, 0, more))
+    return replace(x, weight=wide(x.weight), teacher_weight=wide(x.teacher_weight))
+
+
 def measure(
-    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, rounds: int
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Return the figures of all arms at one shape."""
+    """Return the figures of all arms at one shape; `keep` is given what there is as it comes."""
     x, arms = Inputs.make(shape, device, dtype), arms_of(device)
-    for arm in arms.values():
-        once(arm, x)
-    times: dict[str, list[float]] = {name: [] for name in (*arms, "products")}
-    for number in range(rounds):
-        for name in sorted(times, reverse=bool(number % 2)):
-            call = (
-                (lambda: products(x))
-                if name == "products"
-                else (lambda name=name: once(arms[name], x))
-            )
-            times[name].append(seconds(call, device))
-    x.hidden.grad = x.weight.grad = None
-    ceiling = flops(x) / statistics.median(times["products"])
-    found: dict[str, Any] = {
-        "products": {"median_s": statistics.median(times["products"]), "tflops": ceiling / 1e12}
+    failed = dict[str, str]()
+    if why := does_not_fit(shape, free_bytes(device)):
+        failed["eager"] = why
+    calls: dict[str, Callable[[], Any]] = {
+        name: partial(once, arm, x) for name, arm in arms.items() if name not in failed
     }
-    for name, arm in arms.items():
-        median = statistics.median(times[name])
-        found[name] = {
-            "median_s": median,
-            "share_of_ceiling": flops(x) / median / ceiling,
-            "times_ours": ratio(times[name], times["ours"]) if name != "ours" else None,
-            "peak_bytes": (
-                peak_bytes(arm, x) if device.type == "cuda" else peak_elsewhere(name, shape)
-            ),
-            "error": errors(arm, x),
-            "all_s": times[name],
-        }
+    calls["products"] = partial(products, x)
+    if len(x.weight) % MULTIPLE:
+        calls["products, padded"] = partial(products, padded(x))
+    times = timed(calls, device, rounds, failed)
+    x.hidden.grad = x.weight.grad = None
+    found: dict[str, Any] = {"not_here": failed, "all_s": times}
+    keep(found)
+    tops = {
+        name: flops(x) / statistics.median(each)
+        for name, each in times.items()
+        if name.startswith("products")
+    }
+    for name, top in tops.items():
+        found[name] = {"median_s": statistics.median(times[name]), "tflops": top / 1e12}
+    for name in (name for name in arms if name in times):
+        figures = partial(figures_of, name, arms[name], x, times, max(tops.values(), default=0.0))
+        found[name], why = attempt(figures)
+        if why is not None:
+            failed[name] = why
+            del found[name]
+        keep(found)
     return found
+
+
+def timed(
+    calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int, failed: dict[str, str]
+) -> dict[str, list[float]]:
+    """Return the seconds of each call by round, in turns; one that fails leaves, with the reason in
+    `failed`.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(-1, rounds):  # the first compiles, and counts for nothing
+        for name in sorted(times, reverse=bool(number % 2)):
+            taken, why = attempt(partial(seconds, calls[name], device))
+            if taken is None:
+                failed[name] = why or ""
+                del times[name]
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+            elif number >= 0:
+                times[name].append(taken)
+    return times
+
+
+def figures_of(
+    name: str, arm: Arm, x: Inputs, times: dict[str, list[float]], ceiling: float
+) -> dict[str, Any]:
+    """Return the figures of one arm whose times are known."""
+    shape = (len(x.hidden), *x.weight.shape, x.teacher_weight.shape[1])
+    median, cuda = statistics.median(times[name]), x.hidden.device.type == "cuda"
+    return {
+        "median_s": median,
+        "share_of_ceiling": flops(x) / median / ceiling if ceiling else None,
+        "times_ours": ratio(times[name], times["ours"]) if _beside_ours(name, times) else None,
+        "peak_bytes": peak_bytes(arm, x) if cuda else peak_elsewhere(name, shape),
+        "error": errors(arm, x),
+    }
+
+
+def _beside_ours(name: str, times: dict[str, list[float]]) -> bool:
+    return name != "ours" and "ours" in times
 
 
 def table(shape: tuple[int, ...], found: dict[str, Any]) -> str:
     """Return the figures in lines."""
     lines = [
-        (
-            f"tokens, vocabulary, student and teacher width: {shape}; "
-            f"products alone {found['products']['tflops']:.2f} TFLOP/s"
-        ),
+        f"tokens, vocabulary, student and teacher width: {shape}",
         (
             f"{'arm':12} {'median':>10} {'times ours':>24} {'of ceiling':>10} {'peak':>10}"
             f" {'weight error':>12}"
         ),
     ]
     for name, each in found.items():
-        if name != "products":
-            times = each["times_ours"]
+        if "tflops" in each:
+            lines.insert(1, f"{name} alone: {each['tflops']:.2f} TFLOP/s")
+        elif "error" in each:
+            times, share = each["times_ours"], each["share_of_ceiling"]
             said = (
                 ""
                 if times is None
@@ -297,10 +369,14 @@ def table(shape: tuple[int, ...], found: dict[str, Any]) -> str:
             )
             lines.append(
                 f"{name:12} {1e3 * each['median_s']:8.1f}ms {said:>24}"
-                f" {each['share_of_ceiling']:10.0%} {each['peak_bytes'] / 2**20:7.0f}MiB"
-                f" {each['error']['weight']:12.1e}"
+                f" {'' if share is None else f'{share:.0%}':>10}"
+                f" {each['peak_bytes'] / 2**20:7.0f}MiB {each['error']['weight']:12.1e}"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{arm}: not here: {why}" for arm, why in _left_out(found))])
+
+
+def _left_out(found: dict[str, Any]) -> list[tuple[str, str]]:
+    return list(found.get("not_here", {}).items())
 
 
 def main() -> None:
@@ -320,17 +396,21 @@ def main() -> None:
         return
     figures: dict[str, Any] = {}
     texts: list[str] = []
+
+    def save() -> None:
+        if args.save:
+            content = {"dtype": str(dtype), "rounds": args.rounds, "shapes": figures}
+            save_result("distillation_head", content, "\n\n".join([*texts, json.dumps(figures)]))
+
     for shape in shapes:
-        found = measure(shape, device, dtype, args.rounds)
-        figures[",".join(map(str, shape))] = found
-        texts.append(table(shape, found))
+
+        def keep(found: dict[str, Any], name: str = ",".join(map(str, shape))) -> None:
+            figures[name] = found
+            save()
+
+        texts.append(table(shape, measure(shape, device, dtype, args.rounds, keep)))
         print(texts[-1], flush=True)
-    if args.save:
-        save_result(
-            "distillation_head",
-            {"dtype": str(dtype), "rounds": args.rounds, "shapes": figures},
-            "\n\n".join([*texts, json.dumps(figures)]),
-        )
+        save()
 
 
 if __name__ == "__main__":

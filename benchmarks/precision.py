@@ -4,10 +4,12 @@ would choose.
     python benchmarks/precision.py [--device cuda] [--shapes 124m 1.3b] [--rounds 5] [--steps 8]
     [--probes 10] [--save]
 
-Llama-shaped models on full windows of random tokens, the same for all; AdamW; blocks of steps take
-turns in one process. Arms: this project's loop in each precision that the device can (compiled on
-CUDA); transformers' Trainer in fp32 and bf16 as it ships; on CUDA a plain loop of torch, compiled
-and under bf16's autocast. Per arm: tokens a second, the time with its ratio to `trainer, bf16`
+Models on full windows of random tokens, the same for all; AdamW; blocks of steps take turns in one
+process. Arms: this project's loop in each precision that the device can (compiled on CUDA);
+transformers' Trainer in fp32 and bf16 as it ships; at GPT-2's shapes nanoGPT's step (nanogpt.py),
+compiled on CUDA and under bf16's autocast, and of ours bf16 alone: transformers' GPT-2 has no
+linear layers for fp8 to convert. An arm that fails is named with the reason; figures are saved
+after each round. Per arm: tokens a second, the time with its ratio to `trainer, bf16`
 round by round and its interval, and MFU where the device's peak is known. Each probe starts from
 other weights; told is how often its choice is within 3% of the best fixed one.
 """
@@ -28,11 +30,20 @@ import numpy as np
 import torch
 from distillation_head import ratio
 from distillation_step import WARM_UP, Block, Watch, between, edge_hooks, finish, free
-from results import save_result
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from nanogpt import GPT, optimizer_of
+from results import attempt, save_result
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from pipeline.config.settings.precision import Precision, PrecisionConfig
-from pipeline.config.settings.training import TrainingConfig
+from pipeline.config.settings.training import Compile, TrainingConfig
 from pipeline.data.batches import PackedBatches
 from pipeline.data.encode import Encoded
 from pipeline.ledger.flops import count_flops
@@ -53,7 +64,7 @@ NEAR = 1.03  # of the best fixed choice's time
 class Shape:
     """A model, its window and its batch."""
 
-    config: LlamaConfig
+    config: LlamaConfig | GPT2Config
     length: int
     batch: int
     fp8_least_width: int = 1024
@@ -62,6 +73,8 @@ class Shape:
         """Return a model with random weights in fp32."""
         torch.manual_seed(seed)
         with device:
+            if isinstance(self.config, GPT2Config):
+                return GPT2LMHeadModel(self.config)
             return LlamaForCausalLM(self.config)
 
     def documents(self) -> np.ndarray:
@@ -86,10 +99,26 @@ def _llama(layers: int, width: int, wide: int, vocabulary: int) -> LlamaConfig:
     )
 
 
+def _gpt2(layers: int, width: int, vocabulary: int, length: int) -> GPT2Config:
+    none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2Config(
+        vocab_size=vocabulary,
+        n_layer=layers,
+        n_embd=width,
+        n_head=width // 64,
+        n_positions=length,
+        use_cache=False,
+        **none,
+    )
+
+
 SHAPES = {
     "124m": Shape(_llama(12, 768, 2048, 50304), 1024, 16, fp8_least_width=768),
     "1.3b": Shape(_llama(24, 2048, 5632, 50304), 2048, 4),
+    "gpt2": Shape(_gpt2(12, 768, 50304, 1024), 1024, 16),
     "small": Shape(_llama(4, 256, 512, 4096), 128, 8),
+    "tiny": Shape(_gpt2(2, 64, 512, 64), 64, 2),
+    "tiny_llama": Shape(_llama(2, 64, 128, 512), 64, 2),
 }
 DEFAULTS = {"cuda": ("124m", "1.3b"), "cpu": ("small",)}
 
@@ -113,6 +142,7 @@ def settings_of(shape: Shape, steps: int) -> TrainingConfig:
         eval_every=steps,
         checkpoint_seconds=1e9,
         learning_rate=1e-4,
+        compile=Compile.never,  # `ours` compiles by itself, where it does
     )
 
 
@@ -125,6 +155,7 @@ def ours(shape: Shape, device: torch.device, precision: Precision, *, compiled: 
     config = PrecisionConfig(name=precision, fp8_least_width=shape.fp8_least_width)
     if compiled:
         model.base_model.compile()
+        objective.compiled = True
 
     def block(steps: int) -> tuple[float, int]:
         edges: list[tuple[float, int]] = []
@@ -175,13 +206,19 @@ def of_trainer(shape: Shape, device: torch.device, *, bf16: bool) -> Block:
     return block
 
 
-def plain_loop(shape: Shape, device: torch.device) -> Block:
-    """Return blocks of the shortest loop there is: compiled, bf16 autocast, fused AdamW, its data
-    on the device.
+def of_nanogpt(shape: Shape, device: torch.device) -> Block:
+    """Return blocks of nanoGPT's step with its data on the device: compiled on CUDA, under bf16's
+    autocast.
     """
-    model = shape.model(device)
-    forward = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    torch.manual_seed(0)
+    config = shape.config
+    assert isinstance(config, GPT2Config)
+    with device:
+        model = GPT(
+            config.vocab_size, config.n_positions, config.n_layer, config.n_head, config.n_embd
+        )
+    forward: Any = torch.compile(model) if device.type == "cuda" else model
+    optimizer = optimizer_of(model, learning_rate=1e-4)
     data = torch.from_numpy(shape.documents()).to(device)
 
     def block(steps: int) -> tuple[float, int]:
@@ -189,7 +226,7 @@ def plain_loop(shape: Shape, device: torch.device) -> Block:
         for step in range(1, WARM_UP + steps + 1):
             ids = data[(step * shape.batch) % len(data) :][: shape.batch]
             with torch.autocast(device.type, torch.bfloat16):
-                loss = forward(input_ids=ids, labels=ids).loss
+                loss = forward(ids[:, :-1], ids[:, 1:])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -204,18 +241,19 @@ def plain_loop(shape: Shape, device: torch.device) -> Block:
 
 def arms_of(shape: Shape, device: torch.device) -> dict[str, Callable[[], Block]]:
     """Return by arm how to make its blocks."""
-    cuda = device.type == "cuda"
+    cuda, gpt2 = device.type == "cuda", isinstance(shape.config, GPT2Config)
     able = [
         each for each in Precision if each is not Precision.auto and why_not(each, device) is None
     ]
     arms: dict[str, Callable[[], Block]] = {
-        f"ours, {each.value}": partial(ours, shape, device, each, compiled=cuda) for each in able
+        f"ours, {each.value}": partial(ours, shape, device, each, compiled=cuda)
+        for each in ([Precision.bf16] if gpt2 else able)
     }
     arms |= {
         f"trainer, {name}": partial(of_trainer, shape, device, bf16=name == "bf16")
         for name in ("fp32", "bf16")
     }
-    return arms | ({"plain loop, bf16": partial(plain_loop, shape, device)} if cuda else {})
+    return arms | ({"nanogpt, bf16": partial(of_nanogpt, shape, device)} if gpt2 else {})
 
 
 def probes(shape: Shape, device: torch.device, count: int) -> list[dict[str, Any]]:
@@ -245,36 +283,60 @@ def probes(shape: Shape, device: torch.device, count: int) -> list[dict[str, Any
 
 
 def measure(
-    name: str, device: torch.device, rounds: int, steps: int, num_probes: int
+    name: str,
+    device: torch.device,
+    rounds: int,
+    steps: int,
+    num_probes: int,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Return the figures of all arms at one shape."""
+    """Return the figures of all arms at one shape; `keep` is given what there is as it comes."""
     shape = SHAPES[name]
     arms = arms_of(shape, device)
+    together = device.type == "cpu" or name == "gpt2"  # a GPU holds all of them
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}  # a token
-    blocks = {arm: make() for arm, make in arms.items()} if device.type == "cpu" else {}
-    for number in range(rounds):
-        for arm in sorted(arms, reverse=bool(number % 2)):
-            block = blocks.get(arm) or arms[arm]()  # on a GPU one model at a time
-            taken, tokens = block(steps)
-            seconds[arm].append(taken / tokens)
-            del block
-            free()
+    blocks, failed = dict[str, Block](), dict[str, str]()
     flops = count_flops(shape.model(torch.device("cpu")), Task.causal_lm, backward=True)
     per_token = flops.batch(1, shape.length, shape.length - 1) / shape.length
+    found: dict[str, Any] = {}
+    for number in range(rounds):
+        for arm in sorted(seconds, reverse=bool(number % 2)):
+            pace, why = attempt(partial(_pace, arm, arms, blocks, steps))
+            if pace is None:
+                failed[arm] = why or ""
+                del seconds[arm]
+            else:
+                seconds[arm].append(pace)
+            if pace is None or not together:
+                blocks.pop(arm, None)
+            free()
+        found = {
+            "arms": {
+                arm: _figures(arm, each, seconds.get(REFERENCE), per_token, device)
+                for arm, each in seconds.items()
+            },
+            "not_here": failed,
+            "probes": [],
+        }
+        keep(found)
+    if not num_probes:
+        return found
+    blocks.clear()
+    free()
     chosen = probes(shape, device, num_probes)
-    eager = (
-        _fixed_eager(shape, device, rounds, steps)
-        if device.type == "cuda" and num_probes
-        else seconds
-    )
-    return {
-        "arms": {
-            arm: _figures(arm, each, seconds[REFERENCE], per_token, device)
-            for arm, each in seconds.items()
-        },
-        "probes": chosen,
-        "near_the_best": sum(_is_near(each["chosen"], eager) for each in chosen),
-    }
+    eager = _fixed_eager(shape, device, rounds, steps) if device.type == "cuda" else seconds
+    near = sum(_is_near(each["chosen"], eager) for each in chosen)
+    return {**found, "probes": chosen, "near_the_best": near}
+
+
+def _pace(
+    arm: str, arms: dict[str, Callable[[], Block]], blocks: dict[str, Block], steps: int
+) -> float:
+    """Return an arm's seconds a token over a block of steps."""
+    if arm not in blocks:
+        blocks[arm] = arms[arm]()
+    taken, tokens = blocks[arm](steps)
+    return taken / tokens
 
 
 def _fixed_eager(
@@ -301,15 +363,20 @@ def _is_near(chosen: str, seconds: dict[str, list[float]]) -> bool:
 
 
 def _figures(
-    arm: str, seconds: list[float], reference: list[float], per_token: float, device: torch.device
+    arm: str,
+    seconds: list[float],
+    reference: list[float] | None,
+    per_token: float,
+    device: torch.device,
 ) -> dict[str, Any]:
     rates = [1 / each for each in seconds]
+    beside = reference is not None and arm != REFERENCE
     arithmetic = arm.partition(", ")[2].partition("_")[0]
     top = peak(device_name(device), arithmetic).value
     return {
         "tokens_per_s": statistics.median(rates),
         "all_tokens_per_s": rates,
-        "times_reference": None if arm == REFERENCE else ratio(seconds, reference),
+        "times_reference": ratio(seconds, reference) if beside else None,
         "mfu": None if top is None else statistics.median(rates) * per_token / (top * 1e12),
     }
 
@@ -328,6 +395,7 @@ def table(name: str, found: dict[str, Any]) -> str:
             f"{arm:22} {each['tokens_per_s']:12,.0f} {shown:>30}"
             f" {'' if mfu is None else f'{mfu:.1%}':>7}"
         )
+    lines += [f"{arm}: not here: {why}" for arm, why in found["not_here"].items()]
     chosen = [each["chosen"] for each in found["probes"]]
     taken = [each["seconds"] for each in found["probes"]]
     if chosen:
@@ -352,7 +420,14 @@ def main() -> None:
     found: dict[str, Any] = {}
     lines: list[str] = []
     for name in args.shapes or DEFAULTS[device.type]:
-        found[name] = measure(name, device, args.rounds, args.steps, args.probes)
+
+        def keep(figures: dict[str, Any], name: str = name) -> None:
+            found[name] = figures
+            if args.save:
+                told = [*lines, table(name, figures)]
+                save_result("precision", found, "\n".join(told))
+
+        found[name] = measure(name, device, args.rounds, args.steps, args.probes, keep)
         lines.append(table(name, found[name]))
         print(lines[-1], flush=True)
     if args.save:

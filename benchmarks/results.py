@@ -12,11 +12,41 @@ import platform
 import re
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
+PROBLEMS = (
+    RuntimeError,  # a device's own, memory that ran out, and what could not be compiled
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    subprocess.SubprocessError,
+)
+"""What an arm is known to end with on a machine that cannot do it."""
+T = TypeVar("T")
+
+
+def attempt(call: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return what a call gave, or None and in one line what ended it: one arm never ends the
+    others.
+    """
+    try:
+        return call(), None
+    except PROBLEMS as error:
+        traceback.print_exc()
+        said = str(error).strip().partition("\n")[0]
+        return None, f"{type(error).__name__}: {said}"
+
+
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "hydra-core", "mlflow")
 
 
@@ -26,7 +56,7 @@ def save_result(script: str, figures: dict[str, Any], log: str) -> Path:
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     name = re.sub(r"[^a-z0-9]+", "-", device["short"].lower()).strip("-")
     path = RESULTS / f"{script}-{name}-{date}.json"
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     content = {
         "script": script,
         "date": date,
@@ -42,6 +72,7 @@ def save_result(script: str, figures: dict[str, Any], log: str) -> Path:
     return path
 
 
+@cache
 def describe_device() -> dict[str, Any]:
     """Return the device by name; of GPUs UUID, driver and power limit too."""
     query = "name,uuid,driver_version,power.limit"
@@ -79,16 +110,26 @@ def _processor() -> str:
 
 
 def _source(script: str) -> dict[str, Any]:
-    """Return the commit, whether the tree differs from it, and the digest of the script."""
-    here = Path(__file__).parent
-    git = lambda *args: subprocess.run(
-        ["git", "-C", str(here), *args], capture_output=True, text=True, check=False
-    )
+    """Return the commit, whether the tree differs from it, and the digest of the script; without
+    git or its folder neither of the first two is known.
+    """
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    text = (Path(__file__).parent / f"{script}.py").read_bytes()
     return {
-        "commit": git("rev-parse", "HEAD").stdout.strip() or None,
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip()),
-        "script_sha256": hashlib.sha256((here / f"{script}.py").read_bytes()).hexdigest(),
+        "commit": commit or os.environ.get("BENCHMARK_COMMIT"),
+        "dirty": None if changed is None else bool(changed),
+        "script_sha256": hashlib.sha256(text).hexdigest(),
     }
+
+
+def _git(*args: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _libraries() -> dict[str, str]:
