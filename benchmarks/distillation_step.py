@@ -2,7 +2,7 @@
 compute the same loss.
 
     python benchmarks/distillation_step.py [--device cuda] [--shapes gpt2 llama1b] [--rounds 5]
-    [--steps 8] [--save]
+    [--steps 8] [--arms ours trl] [--batches 16 32] [--save]
 
 Documents of many lengths, the same for all; forward KL alone; AdamW; counted are tokens of
 documents, padding is not. Arms, in blocks of steps that take turns in one process, each with the
@@ -14,6 +14,8 @@ batch size (of those that fit) at which it was the fastest:
 - `trl`: GKDTrainer(lmbda=0, beta=0) with the settings it ships with (activations are recomputed)
   and its default batch;
 - `trl, tuned`: without recomputing, examples of like length together, at its best batch.
+
+An arm that fails is named with the reason; figures are saved after each round.
 
 Per arm: median over rounds, with the ratio to ours round by round and its interval; peak memory
 beyond models, gradients and optimizer state on CUDA, the growth of resident memory of a process of
@@ -30,8 +32,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from distillation_head import ratio
-from results import save_result
+from results import attempt, save_result
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -55,7 +58,7 @@ from transformers import (
 
 from pipeline.config.settings.distillation import HeadKernel
 from pipeline.config.settings.precision import Precision, PrecisionConfig
-from pipeline.config.settings.training import TrainingConfig
+from pipeline.config.settings.training import Compile, TrainingConfig
 from pipeline.data.batches import PackedBatches
 from pipeline.data.encode import Encoded
 from pipeline.distillation.head import Head, Taught
@@ -123,6 +126,7 @@ SHAPES = {
     "small": Shape(
         _llama(2, 256, 512, 8192, 4, 4), _llama(4, 256, 512, 8192, 4, 4), 128, (4, 8, 16)
     ),
+    "tiny": Shape(_llama(1, 64, 128, 512, 2, 2), _llama(2, 64, 128, 512, 2, 2), 64, (2,)),
     "gpt2_vocabulary": Shape(
         _llama(2, 128, 256, 50257, 2, 2), _llama(4, 192, 384, 50257, 3, 3), 128, (4, 8)
     ),
@@ -189,6 +193,7 @@ def ours(
     if compiled:
         student.base_model.compile()
         teacher.base_model.compile()
+        objective.compiled = True
 
     def block(steps: int) -> tuple[float, int]:
         edges: list[tuple[float, int]] = []
@@ -199,6 +204,7 @@ def ours(
             sequence_length=shape.length,
             eval_every=WARM_UP + steps,
             checkpoint_seconds=1e9,
+            compile=Compile.never,  # compiled above, where it is
         )
         with tempfile.TemporaryDirectory() as folder:
             train(
@@ -374,6 +380,11 @@ def arms_of(shape: Shape, device: torch.device) -> dict[str, list[Callable[[], B
     return arms
 
 
+def shape_of(name: str, sizes: Sequence[int] | None) -> Shape:
+    """Return a shape by name, with other batch sizes to try where they are given."""
+    return SHAPES[name] if sizes is None else replace(SHAPES[name], batches=tuple(sizes))
+
+
 def fastest(candidates: list[Callable[[], Block]], steps: int) -> tuple[Callable[[], Block], int]:
     """Return the candidate that reads most tokens a second, of those that fit, and its place."""
     if len(candidates) == 1:
@@ -455,7 +466,7 @@ def peak_bytes(block: Block, device: torch.device) -> int:
     return int(after - before)
 
 
-def peak_elsewhere(shape: str, arm: str, place: int) -> int:
+def peak_elsewhere(shape: str, sizes: Sequence[int], arm: str, place: int) -> int:
     """Return `peak_bytes` from a process of its own: resident memory only ever grows."""
     command = [
         sys.executable,
@@ -464,6 +475,8 @@ def peak_elsewhere(shape: str, arm: str, place: int) -> int:
         "cpu",
         "--shapes",
         shape,
+        "--batches",
+        *map(str, sizes),
         "--peak-of",
         arm,
         "--place",
@@ -474,55 +487,95 @@ def peak_elsewhere(shape: str, arm: str, place: int) -> int:
     )
 
 
-def measure(name: str, device: torch.device, rounds: int, steps: int) -> dict[str, Any]:
-    """Return the figures of all arms at one shape."""
-    shape = SHAPES[name]
-    chosen = {arm: fastest(candidates, steps) for arm, candidates in arms_of(shape, device).items()}
+def measure(
+    name: str,
+    device: torch.device,
+    rounds: int,
+    steps: int,
+    keep: Callable[[dict[str, Any]], None],
+    *,
+    asked: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Return the figures of all arms at one shape; `keep` is given what there is as it comes.
+
+    Args:
+        asked: Arms; None takes all.
+        sizes: Batch sizes to try; None takes the shape's.
+    """
+    shape, chosen = shape_of(name, sizes), dict[str, tuple[Callable[[], Block], int]]()
+    arms = arms_of(shape, device)
+    failed: dict[str, str | None] = {arm: "not installed" for arm in asked or () if arm not in arms}
+    for arm in arms if asked is None else (arm for arm in arms if arm in asked):
+        best, why = attempt(partial(fastest, arms[arm], steps))
+        if best is None:
+            failed[arm] = why
+        else:
+            chosen[arm] = best
     rates: dict[str, list[float]] = {arm: [] for arm in chosen}
-    peaks: dict[str, int] = {}
-    blocks: dict[str, Block] = {}
-    if device.type == "cpu":
-        blocks = {arm: make() for arm, (make, _) in chosen.items()}
+    peaks, blocks = dict[str, int | None](), dict[str, Block]()
+    together = device.type == "cpu" or name == "gpt2"  # a GPU holds all of them
+    found: dict[str, Any] = {"agreement": None, "arms": {}, "not_here": failed}
     for number in range(rounds):
-        for arm in sorted(chosen, reverse=bool(number % 2)):
-            # Two pairs of models at a time are more than a GPU need hold: there each block has its
-            # own.
-            block = blocks.get(arm) or chosen[arm][0]()
-            taken, tokens = block(steps)
-            rates[arm].append(tokens / taken)
-            if number == 0:
-                peaks[arm] = (
-                    peak_bytes(block, device)
-                    if device.type == "cuda"
-                    else peak_elsewhere(name, arm, chosen[arm][1])
-                )
-            del block
+        for arm in sorted(rates, reverse=bool(number % 2)):
+            rate, why = attempt(partial(_rate, arm, chosen[arm][0], blocks, steps))
+            if rate is None:
+                failed[arm] = why
+                del rates[arm]
+            else:
+                rates[arm].append(rate)
+                if number == 0:
+                    peaks[arm], _ = attempt(
+                        partial(peak_bytes, blocks[arm], device)
+                        if device.type == "cuda"
+                        else partial(peak_elsewhere, name, shape.batches, arm, chosen[arm][1])
+                    )
+            if rate is None or not together:
+                blocks.pop(arm, None)
             free()
-    pace = {arm: [1 / each for each in found] for arm, found in rates.items()}
+        found["arms"] = {
+            arm: figures_of(arm, shape, rates, peaks[arm], chosen[arm][1]) for arm in rates
+        }
+        keep(found)
+    blocks.clear()
+    found["agreement"], why = attempt(partial(agreement, shape, device))
+    if why is not None:
+        failed["agreement"] = why
+    return found
+
+
+def _rate(arm: str, made: Callable[[], Block], blocks: dict[str, Block], steps: int) -> float:
+    """Return an arm's tokens a second over a block of steps."""
+    if arm not in blocks:
+        blocks[arm] = made()
+    taken, tokens = blocks[arm](steps)
+    return tokens / taken
+
+
+def figures_of(
+    arm: str, shape: Shape, rates: dict[str, list[float]], peak: int | None, place: int
+) -> dict[str, Any]:
+    """Return the figures of one arm so far."""
+    pace = {each: [1 / rate for rate in found] for each, found in rates.items()}
+    beside = arm != "ours" and "ours" in pace
     return {
-        "agreement": agreement(shape, device),
-        "arms": {
-            arm: {
-                "tokens_per_s": statistics.median(found),
-                "all_tokens_per_s": found,
-                "peak_bytes": peaks[arm],
-                "batch": None if arm == "trl" else shape.batches[chosen[arm][1]],
-                "times_ours": None if arm == "ours" else ratio(pace[arm], pace["ours"]),
-            }
-            for arm, found in rates.items()
-        },
+        "tokens_per_s": statistics.median(rates[arm]),
+        "all_tokens_per_s": rates[arm],
+        "peak_bytes": peak,
+        "batch": None if arm == "trl" else shape.batches[place],
+        "times_ours": ratio(pace[arm], pace["ours"]) if beside else None,
     }
 
 
 def table(name: str, found: dict[str, Any]) -> str:
     """Return the figures in lines."""
-    apart = found["agreement"]
+    apart, absent = found["agreement"], found["not_here"]
     lines = [
         f"{name}: losses of ours and TRL apart by {'unknown' if apart is None else f'{apart:.1e}'}",
         f"{'arm':18} {'tokens/s':>12} {'time, times ours':>24} {'batch':>6} {'peak':>10}",
     ]
     for arm, each in found["arms"].items():
-        times = each["times_ours"]
+        times, peak = each["times_ours"], each["peak_bytes"]
         said = (
             ""
             if times is None
@@ -531,9 +584,9 @@ def table(name: str, found: dict[str, Any]) -> str:
         batch = "its own" if each["batch"] is None else each["batch"]
         lines.append(
             f"{arm:18} {each['tokens_per_s']:12,.0f} {said:>24} {batch:>7}"
-            f" {each['peak_bytes'] / 2**20:7.0f}MiB"
+            f" {'' if peak is None else f'{peak / 2**20:7.0f}MiB'}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{arm}: not here: {why}" for arm, why in absent.items())])
 
 
 def main() -> None:
@@ -543,6 +596,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--arms", nargs="+", help="of those below; default: all")
+    parser.add_argument("--batches", nargs="+", type=int, help="sizes to try; default: the shape's")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=int, help=argparse.SUPPRESS)
@@ -551,14 +606,28 @@ def main() -> None:
     device = torch.device(args.device)
     names = args.shapes or DEFAULTS[device.type]
     if args.peak_of:
-        print(peak_bytes(arms_of(SHAPES[names[0]], device)[args.peak_of][args.place](), device))
+        shape = shape_of(names[0], args.batches)
+        print(peak_bytes(arms_of(shape, device)[args.peak_of][args.place](), device))
         return
-    found = {name: measure(name, device, args.rounds, args.steps) for name in names}
-    text = "\n\n".join(table(name, each) for name, each in found.items())
-    print(text)
-    if args.save:
-        figures = {"rounds": args.rounds, "steps": args.steps, "shapes": found}
-        save_result("distillation_step", figures, "\n\n".join([text, json.dumps(found)]))
+    found = dict[str, Any]()
+
+    def save() -> None:
+        if args.save:
+            figures = {"rounds": args.rounds, "steps": args.steps, "shapes": found}
+            text = "\n\n".join(table(name, each) for name, each in found.items())
+            save_result("distillation_step", figures, "\n\n".join([text, json.dumps(found)]))
+
+    for name in names:
+
+        def keep(figures: dict[str, Any], name: str = name) -> None:
+            found[name] = figures
+            save()
+
+        found[name] = measure(
+            name, device, args.rounds, args.steps, keep, asked=args.arms, sizes=args.batches
+        )
+        print(table(name, found[name]), flush=True)
+        save()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ bits, by batch.
 
     python benchmarks/quantized_decode.py [--device cuda] [--shapes 1.2b] [--batches 1 8 32]
     [--blocks 8]
-        [--decode graph] [--save]
+        [--decode graph] [--formats bf16 fp16 int8] [--save]
 
 Llama-shaped models with random weights, quantized by this project (bitsandbytes, torchao) and
 served by its own server: prompts first, then token by token from a key-value cache (one that grows,
@@ -11,7 +11,8 @@ or of fixed size and captured: `--decode`, by default a captured one on CUDA). b
 first. Each format is read against the model in fp32, and against the 16-bit form that was the
 fastest of those here at the same batch size, in interleaved blocks. Reported are tokens a second,
 the time over each of the two with its 90% interval over blocks, the bytes of weights, and how each
-was served. A format that cannot run here is named with the reason.
+was served. A format that cannot run here is named with the reason; figures are saved after each
+format.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from results import save_result
+from results import attempt, save_result
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -61,8 +64,10 @@ SHAPES = {
     "1.2b": _llama(16, 2048, 8192, 128256, 32, 8),
     "124m": _llama(12, 768, 2048, 50304, 12, 12),
     "small": _llama(4, 512, 1536, 8192, 8, 8),
+    "tiny": _llama(1, 64, 128, 512, 1, 1),
 }
 DEFAULTS = {"cuda": ("124m", "1.2b"), "cpu": ("small",)}
+WAITS = (Format.int8, Format.int8_dynamic)
 
 
 def source(config: LlamaConfig, folder: Path, device: torch.device) -> Path:
@@ -106,10 +111,16 @@ def read(
 
 
 def measure(
-    name: str, device: torch.device, batches: list[int], blocks: int, decode: Decode
+    name: str,
+    device: torch.device,
+    batches: list[int],
+    blocks: int,
+    decode: Decode,
+    asked: list[Format],
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Return the figures of every format at one shape: over fp32, and over the best 16-bit form of
-    each batch size.
+    """Return the figures of the formats asked for at one shape: over fp32, and over the best 16-bit
+    form of each batch size; `keep` is given what there is as it comes.
     """
     found: dict[str, Any] = {"formats": {}, "best_16_bit": {}, "not_here": {}}
     with tempfile.TemporaryDirectory() as root:
@@ -125,42 +136,67 @@ def measure(
                 decode=decode,
             )
 
-        fp32, halves = served(plain), dict[str, Server]()
-        for fmt in formats():
+        servers = {PLAIN: served(plain)}
+        for fmt in in_order(asked):
             folder = Path(root, fmt.value)
             why = made(fmt, plain, folder, device)
+            if why is None:
+                figures = partial(
+                    figures_of, fmt, folder, served, servers, found, batches, blocks, device
+                )
+                each, why = attempt(figures)
+                found["formats"] |= {} if each is None else {fmt.value: each}
             if why is not None:
                 found["not_here"][fmt.value] = why
-                continue
-            servers = {fmt.value: served(folder), PLAIN: fp32}
-            each: dict[str, Any] = {
-                "library": LIBRARIES[Format(fmt)],
-                "weights_ratio": servers[fmt.value].weights_bytes / fp32.weights_bytes,
-                "batches": {
-                    size: read(servers, (fmt.value, PLAIN), size, blocks, device)
-                    for size in batches
-                },
-            }
-            if fmt in SIXTEEN_BITS:
-                halves[fmt.value] = servers[fmt.value]
-            elif halves:
-                best = {size: fastest(found["formats"], halves, size) for size in batches}
-                found["best_16_bit"] = best
-                each["over_16_bit"] = {
-                    size: read(
-                        {**servers, best[size]: halves[best[size]]},
-                        (fmt.value, best[size]),
-                        size,
-                        blocks,
-                        device,
-                    )
-                    for size in batches
-                }
-            found["formats"][fmt.value] = each
-            del servers
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+            keep(found)
     return found
+
+
+def in_order(asked: list[Format]) -> list[Format]:
+    """Return formats in the order of their trials, those last that wait for the host in a step: a
+    capture of one is known to have broken what came after it.
+    """
+    return sorted(asked, key=lambda fmt: fmt in WAITS)
+
+
+def figures_of(
+    fmt: Format,
+    folder: Path,
+    served: Callable[[Path], Server],
+    servers: dict[str, Server],
+    found: dict[str, Any],
+    batches: list[int],
+    blocks: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return the figures of one format; a 16-bit one stays in `servers`, those after it are read
+    against the fastest of them.
+    """
+    here = {**servers, fmt.value: served(folder)}
+    each: dict[str, Any] = {
+        "library": LIBRARIES[Format(fmt)],
+        "weights_ratio": here[fmt.value].weights_bytes / here[PLAIN].weights_bytes,
+        "batches": {
+            size: read(_two(here, fmt.value, PLAIN), (fmt.value, PLAIN), size, blocks, device)
+            for size in batches
+        },
+    }
+    halves = {name: server for name, server in servers.items() if name != PLAIN}
+    if fmt in SIXTEEN_BITS:
+        servers[fmt.value] = here[fmt.value]
+    elif halves:
+        best = {size: fastest(found["formats"], halves, size) for size in batches}
+        found["best_16_bit"] = best
+        each["over_16_bit"] = {
+            size: read(here, (fmt.value, best[size]), size, blocks, device) for size in batches
+        }
+    return each
+
+
+def _two(servers: dict[str, Server], *names: str) -> dict[str, Server]:
+    return {name: servers[name] for name in names}
 
 
 def made(fmt: Format, plain: Path, folder: Path, device: torch.device) -> str | None:
@@ -228,17 +264,25 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--decode", type=Decode, choices=Decode, default=Decode.auto)
+    parser.add_argument("--formats", nargs="+", type=Format, choices=formats(), default=formats())
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
     found: dict[str, Any] = {}
     lines: list[str] = []
     for name in args.shapes or DEFAULTS[device.type]:
-        found[name] = measure(name, device, args.batches, args.blocks, args.decode)
+
+        def keep(figures: dict[str, Any], name: str = name) -> None:
+            found[name] = figures
+            if args.save:
+                told = [*lines, table(name, figures, args.batches)]
+                save_result("quantized_decode", found, "\n".join(told))
+
+        found[name] = measure(
+            name, device, args.batches, args.blocks, args.decode, args.formats, keep
+        )
         lines.append(table(name, found[name], args.batches))
         print(lines[-1], flush=True)
-    if args.save:
-        save_result("quantized_decode", found, "\n".join(lines))
 
 
 if __name__ == "__main__":

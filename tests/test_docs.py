@@ -203,6 +203,11 @@ def check_other(words: list[str]) -> str:
     if first == "make":
         done = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True)
         return done.stderr
+    if first == "bash" and rest[0].endswith(".sh"):
+        script = ROOT / rest[0]
+        source = script.read_text() if script.is_file() else ""
+        missing = [word for word in rest[1:] if word.startswith("--") and word not in source]
+        return "" if source and not missing else f"{rest[0]}: {missing or 'no such file'}"
     if first == "python" and rest[0].endswith(".py"):
         script = ROOT / rest[0]
         source = script.read_text() if script.is_file() else ""
@@ -259,6 +264,8 @@ def test_commands_of_other_programs_are_looked_at() -> None:
     assert "demoo" in refusal(other, ROOT)
     assert "no such file" in check_other(["python", "benchmarks/nothing.py"])
     assert check_other(["python", "benchmarks/startup.py", "--wrong"])
+    assert check_other(["bash", "benchmarks/nothing.sh"])
+    assert check_other(["bash", "benchmarks/on_gpu.sh", "--wrong"])
     assert "no test looks at" in check_other(["curl", "x"])
 
 
