@@ -1,6 +1,6 @@
 # The steps of on_gpu.sh, in order. $python, $device, $minutes and $tiny are set there.
 tests() { # tests NAME WEIGHT SELECTION: of what needs a GPU
-  step "$1" "$2" env TEST_DEVICE="$device" "$python" -m pytest -q -p no:cacheprovider -m gpu \
+  step "$1" "$2" env TEST_DEVICE="$device" "$python" -m pytest -v -p no:cacheprovider -m gpu \
     tests/test_gpu.py -k "$3"
 }
 measure() { # measure NAME WEIGHT SCRIPT OPTION...
