@@ -36,6 +36,7 @@ from pipeline.compare.statistics import abba_saving
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.config.settings.serving import Decode, ServingConfig, ServingLoad
 from pipeline.errors import UserError
+from pipeline.evaluation.serving.decoding import chosen
 from pipeline.evaluation.serving.measure import measure_interleaved
 from pipeline.evaluation.serving.server import Server, load
 from pipeline.models.load import save_model
@@ -263,11 +264,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--decode", type=Decode, choices=Decode, default=Decode.auto)
+    parser.add_argument("--decode", type=Decode, choices=Decode)  # auto: timed, minutes a format
     parser.add_argument("--formats", nargs="+", type=Format, choices=formats(), default=formats())
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
+    decode = args.decode or chosen(Decode.auto, device)
     found: dict[str, Any] = {}
     lines: list[str] = []
     for name in args.shapes or DEFAULTS[device.type]:
@@ -278,9 +280,7 @@ def main() -> None:
                 told = [*lines, table(name, figures, args.batches)]
                 save_result("quantized_decode", found, "\n".join(told))
 
-        found[name] = measure(
-            name, device, args.batches, args.blocks, args.decode, args.formats, keep
-        )
+        found[name] = measure(name, device, args.batches, args.blocks, decode, args.formats, keep)
         lines.append(table(name, found[name], args.batches))
         print(lines[-1], flush=True)
 

@@ -14,6 +14,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from capturing import Capturing
 from fake_nvml import NOT_SUPPORTED, FakeNvml, Gpu
 from make_assess_models import LABELS, random_documents, saved, tiny
 from transformers import (
@@ -24,8 +25,10 @@ from transformers import (
 )
 
 from pipeline.compare.blocks import in_time
+from pipeline.config.settings.run import Run
 from pipeline.config.settings.serving import Decode, ServingConfig, ServingLoad
 from pipeline.errors import UserError
+from pipeline.evaluation.serving import fastest
 from pipeline.evaluation.serving import measure as serving
 from pipeline.evaluation.serving.decoding import Fixed
 from pipeline.evaluation.serving.measure import (
@@ -38,6 +41,7 @@ from pipeline.evaluation.serving.measure import (
     serve_pass,
 )
 from pipeline.evaluation.serving.server import Reading, Server, load, weights_bytes
+from pipeline.ledger.devices import table
 from pipeline.ledger.devices.cuda.nvml import Absent, open_reader
 from pipeline.ledger.devices.other import Other
 from pipeline.ledger.devices.table import KINDS
@@ -45,6 +49,7 @@ from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.ledger.values import Value
+from pipeline.runs import serving_pass
 from pipeline.tasks.table import Task
 
 CAUSAL, CLASSES = Task.causal_lm, Task.sequence_classification
@@ -678,3 +683,38 @@ def test_an_arm_with_a_cache_of_fixed_size_is_read_with_a_growing_one_too(folder
     )
     assert "dynamic_cache_device_s_per_1k_units" not in serve(both, [("a", "b")]).serving["a"]
     assert ServePass.from_json(json.loads(json.dumps(served.to_json()))).how == served.how
+
+
+def test_a_probe_is_booked_with_the_warm_up_and_stands_in_the_result(
+    folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_opened", {"cpu": Capturing})
+    monkeypatch.setattr(fastest, "WAYS", (Decode.graph,))
+    clock = PhaseClock()
+    served = serve({"a": folders[CAUSAL]}, [], clock=clock, decode=Decode.auto)
+    probes = served.decode["a"]
+    assert [probe["batch"] for probe in probes] == [2, 1]  # the load, then the other size
+    took_s = sum(probe["took_s"] for probe in probes)
+    assert served.serving["a"]["decode_probe_s"]["value"] == pytest.approx(took_s)
+    assert 0 < took_s < clock.read_ns()["generate"] / 1e9
+    assert served.how["a"] == f"float32, {probes[0]['how']}"
+    assert ServePass.from_json(json.loads(json.dumps(served.to_json()))).decode == served.decode
+    asked = serve({"a": folders[CAUSAL]}, [], decode=Decode.graph)
+    assert "decode_probe_s" not in asked.serving["a"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "gate", "expected"),
+    [
+        (Decode.auto, None, Decode.auto),
+        (Decode.auto, SimpleNamespace(), Decode.graph),  # both sides, and both looks, in one way
+        (Decode.compile, SimpleNamespace(), Decode.compile),
+    ],
+)
+def test_in_a_gate_nothing_is_timed(
+    asked: Decode, gate: Any, expected: Decode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_opened", {"cpu": Capturing})
+    run = Run(serving=ServingConfig(decode=asked))
+    session = SimpleNamespace(run=run, gate=gate, device=torch.device("cpu"))
+    assert serving_pass._asked_decode(SimpleNamespace(session=session)) is expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.config.arms import Draft
 from pipeline.config.settings.run import Comparison, Measure, Run
 from pipeline.config.settings.serving import Decode, ServingConfig, ServingLoad
 from pipeline.errors import UserError
-from pipeline.evaluation.serving import drafting
+from pipeline.evaluation.serving import drafting, fastest
 from pipeline.evaluation.serving.drafting import FIGURES, Drafted, draft_pass
 from pipeline.evaluation.serving.measure import ServePass
 from pipeline.evaluation.serving.speculative import GrowingReader, Speculative
@@ -244,6 +245,23 @@ def test_on_a_device_with_graphs_both_are_captured(
     grown = drafted(folders, decode=Decode.dynamic)
     assert grown.record["how"] == "dynamic cache"
     assert found.figures["draft_acceptance"] == grown.figures["draft_acceptance"]
+
+
+def test_with_a_draft_passes_run_as_the_fastest_way_without_does(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_opened", {"cpu": Capturing})
+    # a clock on which compiled and captured steps are free
+    monkeypatch.setattr(fastest, "_race", lambda *_: (1.0, 0.5))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    found = drafted(folders, decode=Decode.auto)
+    assert found.record["how_without"] == "static cache, compiled (1 graph), CUDA graph"
+    assert found.record["how"] == (
+        "static cache, compiled (1 graph), CUDA graph with a draft in static cache, compiled (2"
+        " graphs), CUDA graph"
+    )
+    assert found.figures["draft_equal_share"]["value"] == 1
+    assert found.record["said"][1].startswith("big alone: serving.decode=auto took compile")
 
 
 def test_a_draft_with_another_tokenizer_is_refused(

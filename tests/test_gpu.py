@@ -20,15 +20,18 @@ from make_assess_models import saved, tiny
 from test_attention import model_of, positions_of
 from test_training_loop import batches_for, hooks, settings
 
+from pipeline.config.arms import Draft
 from pipeline.config.settings.distillation import Divergence
 from pipeline.config.settings.model import TinyShape
 from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
-from pipeline.config.settings.serving import Decode
+from pipeline.config.settings.serving import Decode, ServingConfig, ServingLoad
 from pipeline.config.settings.training import OptimizerKind, TrainingConfig
 from pipeline.distillation.head import Head, Taught, head_loss
 from pipeline.distillation.losses import Loss, Sparse, sparse_terms_in_place, terms_in_place
+from pipeline.evaluation.serving.drafting import draft_pass
 from pipeline.evaluation.serving.server import load
+from pipeline.ledger.devices.device import Waits
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.gpu_usage import SHORTEST_S
@@ -371,6 +374,44 @@ def test_a_captured_step_writes_what_a_growing_cache_writes(
         reading = server.once(prompt, 8, decode=decode)
         assert reading.working_bytes is not None
         assert reading.working_bytes > 0
+
+
+def test_a_step_that_waits_is_not_captured_and_the_next_one_is() -> None:
+    """What a capture of it would leave behind is nowhere to be seen."""
+    device = device_of(DEVICE)
+    if not device.captures:
+        pytest.skip(f"{device.kind} captures no graphs")
+    x = torch.ones(8, device=DEVICE)
+    with pytest.raises(Waits):
+        device.capture(lambda: x.mul_(float(x.sum()) > 0), lambda: None)
+    replay = device.capture(lambda: x.add_(1), lambda: x.fill_(1))
+    x.zero_()
+    replay()
+    assert x.tolist() == [1] * 8
+
+
+def test_auto_writes_in_the_fastest_way_and_a_draft_changes_no_text(tmp_path: Path) -> None:
+    big = tiny(Task.causal_lm)
+    folders = {
+        "big": saved(big, tmp_path / "big"),
+        "small": saved(tiny(Task.causal_lm, seed=1), tmp_path / "small"),
+    }
+    found = draft_pass(
+        Draft("small", "big", 3),
+        folders,
+        task=Task.causal_lm,
+        prompts=[np.arange(3, 60)],
+        config=ServingConfig(load=ServingLoad(prompt=16, new=12, batch=2)),
+        device=DEVICE,
+        devices=1,
+        clock=PhaseClock(),
+    )
+    print(found.record["said"])
+    assert found.record["why"] is None
+    assert found.figures["draft_equal_share"]["value"] == 1
+    if device_of(DEVICE).captures:
+        assert "CUDA graph" in found.record["how"]
+        assert "CUDA graph" in found.record["how_without"]
 
 
 def test_work_costs_energy_and_twice_the_work_twice_as_much() -> None:

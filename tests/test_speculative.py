@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from pipeline.config.settings.model import TinyShape
+from pipeline.evaluation.serving.decoding import graphs_compiled
 from pipeline.evaluation.serving.speculative import (
     FixedReader,
     GrowingReader,
@@ -201,6 +203,28 @@ def test_a_cache_of_fixed_size_is_cut_and_its_passes_are_captured(
     expected = written(model, draft, ahead)
     assert all(torch.equal(each.tokens, greedy(model)) for each in found)
     assert [each.accepted for each in found] == [expected.accepted] * 2
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_passes_are_compiled_too(
+    captured: bool, capturing: type[Capturing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # traced, no C++ made of it
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = tiny(Task.causal_lm)
+    draft, size = noisy(model, 0.2), PROMPT.shape[1] + NEW
+    more = {"compiled": True, "captured": captured}
+    readers: list[Reader] = [
+        FixedReader(model, 259, PROMPT, size, (4,), **more),
+        FixedReader(draft, 259, PROMPT, size, (1, 2), **more),
+    ]
+    end = ", CUDA graph" if captured else ""
+    hows = [f"static cache, compiled (1 graph){end}", f"static cache, compiled (2 graphs){end}"]
+    assert [each.how for each in readers] == hows
+    before = graphs_compiled()
+    found = Speculative(*readers, 3).write(PROMPT, NEW)
+    assert torch.equal(found.tokens, greedy(model))
+    assert graphs_compiled() == before
 
 
 def test_a_cache_that_cannot_be_cut_is_not_captured(capturing: type[Capturing]) -> None:

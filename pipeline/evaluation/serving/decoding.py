@@ -156,19 +156,8 @@ class Fixed:
         return self._token
 
     def compile(self) -> None:
-        """Compile the step, and see that further ones compile nothing more.
-
-        Raises:
-            RuntimeError: If torch compiled nothing of it, or does so again at every step.
-        """
-        before = graphs_compiled()
-        self._feed_own_token()
-        self._graphs = graphs_compiled() - before
-        self._feed_own_token()
-        if not self._graphs:
-            raise RuntimeError("torch compiled nothing of it")
-        if graphs_compiled() - before > self._graphs:
-            raise RuntimeError("torch compiles every step anew")
+        """Compile the step; what `graphs_of` raises passes."""
+        self._graphs = graphs_of(self._feed_own_token)
 
     def capture(self) -> None:
         """Capture a step. What is not allowed in a capture (waiting for the device, say) raises."""
@@ -213,6 +202,23 @@ def graphs_compiled() -> int:
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
+
+
+def graphs_of(step: Callable[[], None]) -> int:
+    """Run a compiled step twice; return how many graphs torch made of it.
+
+    Raises:
+        RuntimeError: If torch compiled nothing of it, or does so again at every step.
+    """
+    before = graphs_compiled()
+    step()
+    graphs = graphs_compiled() - before
+    step()
+    if not graphs:
+        raise RuntimeError("torch compiled nothing of it")
+    if graphs_compiled() - before > graphs:
+        raise RuntimeError("torch compiles every step anew")
+    return graphs
 
 
 def num_graphs(number: int) -> str:

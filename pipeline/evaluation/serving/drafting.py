@@ -20,7 +20,8 @@ from pipeline.compare.statistics import mean_interval
 from pipeline.config.arms import Draft
 from pipeline.config.settings.serving import Decode, ServingConfig
 from pipeline.errors import one_line
-from pipeline.evaluation.serving.decoding import chosen
+from pipeline.evaluation.serving.decoding import REASON, chosen
+from pipeline.evaluation.serving.fastest import said
 from pipeline.evaluation.serving.measure import draw_prompts
 from pipeline.evaluation.serving.server import Server, load
 from pipeline.evaluation.serving.speculative import (
@@ -157,21 +158,27 @@ class _Bench:
     now_ns: Callable[[], int]
     writer: Speculative | None = None
 
-    def write(self, prompt: np.ndarray) -> Written:
+    def ids(self, prompt: np.ndarray) -> torch.Tensor:
+        """Return a prompt (1, T) on the device."""
+        import torch
+
+        return torch.from_numpy(prompt.astype(np.int64)).to(self.verifier.device)
+
+    def write(self, ids: torch.Tensor) -> Written:
         """Return the text after a prompt (1, T), with the draft."""
         import torch
 
-        ids = torch.from_numpy(prompt.astype(np.int64)).to(self.verifier.device)
         with torch.inference_mode():
             if self.writer is None:
                 self.writer = self._writer(ids)
             return self.writer.write(ids, self.new)
 
-    def seconds_with(self, prompt: np.ndarray) -> float:
+    def seconds_with(self, ids: torch.Tensor) -> float:
+        """Return the seconds of a text with the draft, its prompt on the device beforehand."""
         device = device_of(self.verifier.device)
         device.synchronise()
         start = self.now_ns()
-        self.write(prompt)
+        self.write(ids)
         device.synchronise()
         return (self.now_ns() - start) / 1e9
 
@@ -187,17 +194,34 @@ class _Bench:
         )
 
     def _reader(self, model: Any, limit: int | None, prompt: Any, widths: Sequence[int]) -> Reader:
-        way = chosen(self.decode, prompt.device)
-        if way not in (Decode.graph, Decode.compile) or not device_of(prompt.device).captures:
+        way = self._way(prompt)
+        if way is Decode.dynamic:
             return GrowingReader(model, limit)
         # transformers' own mark of models with a static cache
         if not getattr(model, "_can_compile_fullgraph", False):
             return GrowingReader(model, limit, f"{type(model).__name__} has no static cache")
+        captures = device_of(prompt.device).captures
         try:
-            return FixedReader(model, limit, prompt, prompt.shape[1] + self.new, widths)
-        # Kernels refuse capture in their own ways.
+            return FixedReader(
+                model,
+                limit,
+                prompt,
+                prompt.shape[1] + self.new,
+                widths,
+                compiled=way is Decode.compile,
+                captured=captures and way is not Decode.static,
+            )
+        # Kernels refuse capture and compilation in their own ways.
         except Exception as error:  # noqa: BLE001
-            return GrowingReader(model, limit, f"not graph: {one_line(error, 120)}")
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return GrowingReader(model, limit, f"not {way.value}: {one_line(first, REASON)}")
+
+    def _way(self, prompt: torch.Tensor) -> Decode:
+        """Return how tokens are written: where that was timed, as the verifier alone does."""
+        probe = self.verifier.probes.get((*prompt.shape, self.new))
+        if probe is not None and self.decode is Decode.auto:
+            return Decode(probe["chosen"])
+        return chosen(self.decode, prompt.device)
 
 
 def _read(bench: _Bench, prompts: np.ndarray, devices: int, check: Callable[[], None]) -> Drafted:
@@ -209,14 +233,15 @@ def _read(bench: _Bench, prompts: np.ndarray, devices: int, check: Callable[[], 
         check()
         prompt = prompts[number : number + 1]
         # Untimed: it makes what both ways need, and shows that they write the same.
-        written, own = bench.write(prompt), bench.verifier.text(prompt, bench.new, bench.decode)
+        own, ids = bench.verifier.text(prompt, bench.new, bench.decode), bench.ids(prompt)
+        written = bench.write(ids)
         texts.append(written)
         equal.append(bool((written.tokens == own).all()))
         order = ORDERS[number % 2]
         for place, letter in enumerate(order):
             nth = order[:place].count(letter)
             if letter == "A":
-                with_s[number, nth] = bench.seconds_with(prompt)
+                with_s[number, nth] = bench.seconds_with(ids)
                 continue
             reading = bench.verifier.once(prompt, bench.new, decode=bench.decode)
             without_s[number, nth], how = reading.total_s, reading.how
@@ -233,7 +258,8 @@ def _read(bench: _Bench, prompts: np.ndarray, devices: int, check: Callable[[], 
         "why": None,
         "said": [],
     }
-    record["said"] = [_said(record, found, sum(equal))]
+    probes = [f"{bench.draft.of} alone: {said(each)}" for each in bench.verifier.probes.values()]
+    record["said"] = [_said(record, found, sum(equal)), *probes]
     return Drafted({name: value.to_json() for name, value in found.items()}, record)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipeline.evaluation.serving.decoding import compiled_whole, graphs_of, num_graphs
 from pipeline.ledger.devices.table import device_of
 from pipeline.models.vocabulary import vocabulary_of
 
@@ -98,19 +99,28 @@ class GrowingReader:
 
 
 class FixedReader:
-    """With a cache of fixed size; reading some numbers of tokens is captured as a CUDA graph.
+    """With a cache of fixed size; reading some numbers of tokens is compiled, or captured as a CUDA
+    graph, or both.
 
     Args:
         size: Tokens that the cache holds.
         prompt: Token ids (1, T) of the shape to be read.
-        widths: Numbers of tokens whose reading is captured.
+        widths: Numbers of tokens whose reading that is.
 
     Raises:
-        RuntimeError: If the cache cannot be cut, or a pass cannot be captured.
+        RuntimeError: If the cache cannot be cut, or a pass cannot be compiled or captured.
     """
 
     def __init__(
-        self, model: Any, limit: int | None, prompt: torch.Tensor, size: int, widths: Sequence[int]
+        self,
+        model: Any,
+        limit: int | None,
+        prompt: torch.Tensor,
+        size: int,
+        widths: Sequence[int],
+        *,
+        compiled: bool = False,
+        captured: bool = True,
     ) -> None:
         import torch
         from transformers import StaticCache
@@ -123,23 +133,27 @@ class FixedReader:
         zeros = lambda width: torch.zeros(1, width, dtype=torch.int64, device=prompt.device)
         self._given = {width: zeros(width) for width in widths}
         self._found = {width: zeros(width) for width in widths}
-        self._replays: dict[int, Callable[[], None]] = {}
+        self._passes: dict[int, Callable[[], None]] = {}
         self.read(prompt, 1)  # makes room for the keys and values
-        device = device_of(prompt.device)
+        device, graphs = device_of(prompt.device), 0
         for width in widths:
-            step = lambda width=width: self._read_given(width)
-            self._replays[width] = device.capture(step, self.reset)
-        self.how = "static cache, CUDA graph"
+            step = self._step(width, compiled=compiled)
+            if compiled:
+                self.reset()
+                graphs += graphs_of(step)
+            self._passes[width] = device.capture(step, self.reset) if captured else step
+        words = ["static cache", *([f"compiled ({num_graphs(graphs)})"] if compiled else [])]
+        self.how = ", ".join([*words, *(["CUDA graph"] if captured else [])])
 
     def reset(self) -> None:
         self._cache.reset()
 
     def read(self, ids: torch.Tensor, last: int) -> torch.Tensor:
         width = ids.shape[1]
-        if width != last or width not in self._replays:
+        if width != last or width not in self._passes:
             return self._predict(ids, self._cache, last)[0]
         self._given[width].copy_(ids)
-        self._replays[width]()
+        self._passes[width]()
         return self._found[width].clone()  # the next pass of this width writes there
 
     def cut(self, tokens: int) -> None:
@@ -148,9 +162,15 @@ class FixedReader:
         for layer in layers:
             layer.cumulative_length.sub_(tokens)
 
-    def _read_given(self, width: int) -> None:
-        tokens, _ = self._predict(self._given[width], self._cache, width)
-        self._found[width].copy_(tokens)
+    def _step(self, width: int, *, compiled: bool) -> Callable[[], None]:
+        """Return what reads the given tokens of a width, and leaves those found."""
+        found = lambda ids: self._predict(ids, self._cache, width)[0]
+        run = compiled_whole(found) if compiled else found
+
+        def step() -> None:
+            self._found[width].copy_(run(self._given[width]))
+
+        return step
 
 
 @dataclass(frozen=True, slots=True)
