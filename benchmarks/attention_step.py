@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -191,6 +192,8 @@ def main() -> None:
 
     found = measure(SHAPES[name], device, args.rounds, keep)
     print(table(name, SHAPES[name], found))
+    if found["not_here"]:
+        sys.exit("an arm was not measured")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -222,6 +223,8 @@ def main() -> None:
 
     found = measure(SHAPES[name], device, args.rounds, args.steps, args.draws, keep)
     print(table(name, found))
+    if found["not_here"]:
+        sys.exit("an arm was not measured")
 
 
 if __name__ == "__main__":

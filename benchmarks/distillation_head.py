@@ -411,6 +411,8 @@ def main() -> None:
         texts.append(table(shape, measure(shape, device, dtype, args.rounds, keep)))
         print(texts[-1], flush=True)
         save()
+    if any("error" not in each.get("ours", {}) for each in figures.values()):
+        sys.exit("ours was not measured")
 
 
 if __name__ == "__main__":

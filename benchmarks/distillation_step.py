@@ -628,6 +628,8 @@ def main() -> None:
         )
         print(table(name, found[name]), flush=True)
         save()
+    if any("ours" not in each["arms"] for each in found.values()):
+        sys.exit("ours was not measured")
 
 
 if __name__ == "__main__":

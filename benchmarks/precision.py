@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -432,6 +433,8 @@ def main() -> None:
         print(lines[-1], flush=True)
     if args.save:
         save_result("precision", found, "\n".join(lines))
+    if any("ours, bf16" not in each["arms"] for each in found.values()):
+        sys.exit("ours in bf16 was not measured")
 
 
 if __name__ == "__main__":

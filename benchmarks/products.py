@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -91,6 +92,8 @@ def main() -> None:
         lines += told
         if args.save:
             save_result("products", figures, "\n".join(lines))
+    if any("not_here" in each for each in figures.values()):
+        sys.exit("some were not measured")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ format.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -283,6 +284,8 @@ def main() -> None:
         found[name] = measure(name, device, args.batches, args.blocks, decode, args.formats, keep)
         lines.append(table(name, found[name], args.batches))
         print(lines[-1], flush=True)
+    if not all(each["formats"] for each in found.values()):
+        sys.exit("no format was measured")
 
 
 if __name__ == "__main__":

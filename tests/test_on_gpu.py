@@ -251,6 +251,30 @@ def test_an_arm_that_fails_is_named_and_the_others_are_measured(
     assert "out of memory" in capsys.readouterr().err
 
 
+def test_what_a_compiler_fails_with_ends_one_arm_alone() -> None:
+    class CompilationError(Exception):  # as Triton's is: of no kind that Python has
+        pass
+
+    def broken() -> int:
+        raise CompilationError("at 3:4\nmore")
+
+    assert results.attempt(broken) == (None, "CompilationError: at 3:4")
+    assert results.attempt(lambda: 0) == (0, None)
+
+
+def test_a_script_fails_where_ours_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> torch.Tensor:
+        raise RuntimeError("no kernel")
+
+    arms = {"ours": broken, "eager": distillation_head.eager}
+    monkeypatch.setattr(distillation_head, "arms_of", lambda _: arms)
+    monkeypatch.setattr(distillation_head, "peak_elsewhere", lambda *_: 0)
+    words = ["head", "--device", "cpu", "--shapes", "16,65,8,8", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="ours was not measured"):
+        distillation_head.main()
+
+
 def test_logits_in_full_are_tried_only_where_they_fit() -> None:
     shape = (65536, 50257, 768, 1024)
     assert distillation_head.does_not_fit(shape, 139 * 2**30) is None
