@@ -44,7 +44,7 @@ def dense() -> list[tuple[str, dict[str, Any], str]]:
                         "AT_ONE": at_one,
                         "OURS": ours,
                         "THEIRS": theirs,
-                        "BLOCK": triton_terms._block(kind, *both),
+                        "BLOCK": triton_terms._block(kind, *both, 2 if dtype == "bf16" else 4),
                     }
                     found.append(("_kernel", constants, dtype))
     return found

@@ -38,6 +38,7 @@ SHARED = {
     "pipeline.stages.base",
     "pipeline.stages.table",
     "pipeline.stages.context",
+    "pipeline.stages.drafts",
     "pipeline.stages.settings",
 }
 """Modules of `stages/` that others may import: the contract, the table, and no type of stage."""

@@ -89,16 +89,19 @@ def terms_in_place(
             AT_ONE=loss.temperature == 1,
             OURS=_kind_of(ours),
             THEIRS=_kind_of(theirs),
-            BLOCK=min(_block(kind, ours, theirs), triton.next_power_of_2(student.shape[1])),
+            BLOCK=min(
+                _block(kind, ours, theirs, student.dtype.itemsize),
+                triton.next_power_of_2(student.shape[1]),
+            ),
             num_warps=WARPS,
             **LIMITS,
         )
     return Sums(ce.sum(), divergence.sum())
 
 
-def _block(kind: int, ours: Transform, theirs: Transform) -> int:
-    """Return how many logits are read at a time."""
-    simple = kind < 1 and ours.cap is None and theirs.cap is None
+def _block(kind: int, ours: Transform, theirs: Transform, itemsize: int) -> int:
+    """Return how many logits are read at a time, of products of this many bytes each."""
+    simple = ours.cap is None and theirs.cap is None and (kind < 0 or (kind == 0 and itemsize < 4))
     return BLOCK if simple else min(BLOCK, SMALL_BLOCK)
 
 
