@@ -188,6 +188,7 @@ def test_an_attempt_that_goes_on_takes_over_what_was_found(chosen: str, tmp_path
     assert (progress.compiling["at_step"] == 0) is (chosen == "compiled")
 
 
+@pytest.mark.slow
 def test_shapes_that_grow_share_their_graphs(tmp_path: Path) -> None:
     config = settings(steps=6, sequence_length=32, start_sequence_length=8, compile=Compile.always)
     objective = objective_of()

@@ -247,6 +247,7 @@ def test_on_a_device_with_graphs_both_are_captured(
     assert found.figures["draft_acceptance"] == grown.figures["draft_acceptance"]
 
 
+@pytest.mark.slow
 def test_with_a_draft_passes_run_as_the_fastest_way_without_does(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+from few import few
 from forked import run, start
 from make_journal import store, write_run
 from mlflow import MlflowClient
@@ -110,7 +111,7 @@ def server(answer: Answer) -> Generator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("kind", few(list(WRONG), 6))
 def test_a_server_that_answers_wrongly_is_a_line_and_the_rest_comes_later(
     root: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -206,7 +206,14 @@ def test_projections_train_with_the_student_and_resume_to_the_bit(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("task=sequence_classification", "data=stdlib_labels", "data.max_documents=60")]
+    "more",
+    [
+        (),
+        pytest.param(
+            ("task=sequence_classification", "data=stdlib_labels", "data.max_documents=60"),
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_a_recipe_draws_them_and_ships_the_student_alone(
     tmp_path: Path,

@@ -115,6 +115,7 @@ def test_the_meter_itself_imports_nothing_heavy(
     assert imported.isdisjoint({"torch", "transformers", "mlflow", "numpy"})
 
 
+@pytest.mark.slow
 def test_a_plain_torch_script_reaches_mlflow_with_its_phases(root: Path) -> None:
     options = (
         "--name",

@@ -290,10 +290,7 @@ FAULTS = {
 @pytest.mark.usefixtures("_unproven")
 @pytest.mark.parametrize(
     "fault",
-    [
-        pytest.param(each, marks=() if each in ("proving", "assessing") else pytest.mark.slow)
-        for each in FAULTS
-    ],
+    [pytest.param(each, marks=() if each == "proving" else pytest.mark.slow) for each in FAULTS],
 )
 def test_an_optional_format_that_fails_is_a_row_and_the_run_goes_on(
     tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch

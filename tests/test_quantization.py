@@ -299,6 +299,7 @@ def test_a_head_apart_under_a_configuration_that_ties_it_can_be_quantized(
     )
 
 
+@pytest.mark.slow
 def test_every_format_is_the_same_to_the_bit_after_a_reload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

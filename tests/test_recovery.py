@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from few import few
 from here import here, result_in
 from make_assess_models import saved, tiny
 from test_assess_quality import causal_documents, trained
@@ -79,7 +80,7 @@ def gpt2() -> GPT2LMHeadModel:
 # -- fake quantization ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", few(FORMATS, 3))
 def test_weights_are_rounded_as_the_library_stores_them(
     fmt: Format, source: Path, tmp_path: Path
 ) -> None:

@@ -332,7 +332,14 @@ def test_settings_without_effect_are_refused(changes: dict[str, Any], named: str
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("task=sequence_classification", "data=stdlib_labels", "data.max_documents=60")]
+    "more",
+    [
+        (),
+        pytest.param(
+            ("task=sequence_classification", "data=stdlib_labels", "data.max_documents=60"),
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_a_recipe_draws_them_beside_hidden_states(
     tmp_path: Path,

@@ -7,6 +7,7 @@ import shlex
 from typing import Any
 
 import pytest
+from few import few
 
 from pipeline.cli.main import main
 
@@ -56,7 +57,7 @@ LISTS = [
 ]
 
 
-@pytest.mark.parametrize("words", [*BLANKS, *LISTS], ids=" ".join)
+@pytest.mark.parametrize("words", few([*BLANKS, *LISTS], 6))
 def test_the_word_that_is_advised_is_accepted(compose: Any, words: list[str]) -> None:
     said = compose("recipe=quantize_search", *words)
     advised = re.search(r"(?:remove the blanks|quoted for the shell): (.+)$", said)
