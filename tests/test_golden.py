@@ -22,7 +22,7 @@ NEAR_ELSEWHERE = 2e-2
 DIGESTS = ("digest", "bytes")  # of artifacts: equal where the processor is
 # What a few documents decide: one that flips moves the ends of intervals, the documents a planner
 # asks for, and which of slices that are nearly alike is the worst.
-BY_A_FEW = ("ci", "of_ci", "items_to_decide", "slice")
+BY_A_FEW = ("ci", "of_ci", "items_to_decide", "slice", "worst_slice", "why_undecided")
 
 
 def differences(
@@ -75,7 +75,9 @@ def test_what_no_clock_decides_is_as_it_was(recipe: str, tmp_path: Path) -> None
     same_processor = _first_digest(found) == _first_digest(golden)
     if not same_processor:
         # Which formats are worth a trial depends on its units, and what is chosen on the trials.
-        others = _trials(found) ^ _trials(golden)
+        others = (_trials(found) ^ _trials(golden)) | {
+            arm for arm, made in _formats(found).items() if made != _formats(golden).get(arm)
+        }
         unable |= others | {arm.partition("/")[0] for arm in others}
     assert len(unable) < len(golden["rows"])
     assert not differences(
@@ -86,6 +88,11 @@ def test_what_no_clock_decides_is_as_it_was(recipe: str, tmp_path: Path) -> None
 def _first_digest(result: dict[str, Any]) -> str:
     """Return the digest of the first model: equal where products are rounded alike."""
     return next(row["artifact"]["digest"] for row in result["rows"] if row["artifact"])
+
+
+def _formats(result: dict[str, Any]) -> dict[str, str | None]:
+    """Return what format each arm was settled in, where any was."""
+    return {row["arm"]: (row.get("quantization") or {}).get("format") for row in result["rows"]}
 
 
 def _trials(result: dict[str, Any]) -> set[str]:
