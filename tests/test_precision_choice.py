@@ -16,7 +16,7 @@ from make_assess_models import tiny
 from test_training_loop import CPU, batches_for, run, same, settings, weights
 
 from pipeline.config.settings.precision import Precision, PrecisionConfig
-from pipeline.config.settings.training import Compile
+from pipeline.config.settings.training import Compile, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages import precision_choice
@@ -94,14 +94,22 @@ def test_the_interval_is_the_t_interval_of_log_ratios() -> None:
 # -- a real probe ---------------------------------------------------------------------------------
 
 
-def probe(model: Any, folder: Path, clock: PhaseClock, **more: Any) -> precision_choice.Choice:
+def probe(
+    model: Any,
+    folder: Path,
+    clock: PhaseClock,
+    *,
+    config: TrainingConfig | None = None,
+    **more: Any,
+) -> precision_choice.Choice:
     objective = Objective(model, Task.causal_lm, Precision.auto, CPU, clock)
     given: dict[str, Any] = {"left_out": [], **more}
+    config = config or settings()
     choice = choose_precision(
         model,
         objective,
-        batches_for(settings()),
-        settings(),
+        batches_for(config),
+        config,
         PrecisionConfig(),
         folder=folder,
         clock=clock,
@@ -109,6 +117,7 @@ def probe(model: Any, folder: Path, clock: PhaseClock, **more: Any) -> precision
     )
     assert objective.precision is Precision.auto
     assert objective.clock is clock
+    assert not objective.compiled
     return choice
 
 
@@ -137,21 +146,9 @@ def test_steps_are_tried_as_the_training_will_run(
 
     monkeypatch.setattr(precision_choice, "trial_steps", trial)
     monkeypatch.setattr(compiling, "EXPECTED_S", expected_s)
-    objective = Objective(tiny(Task.causal_lm), Task.causal_lm, Precision.auto, CPU, PhaseClock())
-    config = settings(compile=wanted)
-    choice = choose_precision(
-        objective.model,
-        objective,
-        batches_for(config),
-        config,
-        PrecisionConfig(),
-        left_out=[],
-        folder=tmp_path,
-        clock=objective.clock,
-    )
+    choice = probe(tiny(Task.causal_lm), tmp_path, PhaseClock(), config=settings(compile=wanted))
     assert [key for key, _ in itertools.groupby(seen)] == compiled
     assert ("all of them compiled" in choice.about["said"]) is compiled[-1]
-    assert not objective.compiled
 
 
 def test_a_compiler_that_fails_leaves_the_eager_trials(
@@ -163,17 +160,8 @@ def test_a_compiler_that_fails_leaves_the_eager_trials(
         return [1.0] * precision_choice.STEPS, [4.0] * precision_choice.STEPS
 
     monkeypatch.setattr(precision_choice, "trial_steps", trial)
-    objective = Objective(tiny(Task.causal_lm), Task.causal_lm, Precision.auto, CPU, PhaseClock())
-    config = settings(compile=Compile.always)
-    choice = choose_precision(
-        objective.model,
-        objective,
-        batches_for(config),
-        config,
-        PrecisionConfig(),
-        left_out=[],
-        folder=tmp_path,
-        clock=objective.clock,
+    choice = probe(
+        tiny(Task.causal_lm), tmp_path, PhaseClock(), config=settings(compile=Compile.always)
     )
     assert choice.precision is Precision.fp32
     assert choice.about["said"][-1] == "not compiled: RuntimeError: no compiler here"
