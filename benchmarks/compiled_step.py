@@ -47,6 +47,7 @@ ARMS = {
 """By name: ours or plain, compiled, packed."""
 PAIRS = (
     ("plain", "plain, compiled"),
+    ("plain", "ours, compiled"),
     ("ours", "ours, compiled"),
     ("ours, packed", "ours, packed, compiled"),
     ("plain", "ours"),

@@ -47,6 +47,7 @@ SHAPES = {
     "cuda": ((8192, 128256, 2048, 4096), (65536, 50257, 768, 1024)),
     "cpu": ((1024, 50257, 256, 384),),
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKED = 64  # tokens of the comparison with float64
 # of a token and vocabulary entry in the eager arm: per model 16-bit logits (2), fp32 logits (4),
 # log-softmax (4); once the divergence (4) and what goes back (4)
@@ -218,13 +219,15 @@ def peak_bytes(arm: Arm, x: Inputs) -> int:
     return int(after - before) - gradients
 
 
-def peak_elsewhere(name: str, shape: tuple[int, ...]) -> int:
+def peak_elsewhere(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Return `peak_bytes` from a process of its own: resident memory only ever grows."""
     command = [
         sys.executable,
         __file__,
         "--device",
         "cpu",
+        "--dtype",
+        next(each for each, torchs in DTYPES.items() if torchs is dtype),
         "--peak-of",
         name,
         "--shapes",
@@ -339,7 +342,7 @@ def figures_of(
         "median_s": median,
         "share_of_ceiling": flops(x) / median / ceiling if ceiling else None,
         "times_ours": ratio(times[name], times["ours"]) if _beside_ours(name, times) else None,
-        "peak_bytes": peak_bytes(arm, x) if cuda else peak_elsewhere(name, shape),
+        "peak_bytes": peak_bytes(arm, x) if cuda else peak_elsewhere(name, shape, x.hidden.dtype),
         "error": errors(arm, x),
     }
 
@@ -384,12 +387,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", help="tokens,vocabulary,student width,teacher width")
+    parser.add_argument("--dtype", choices=DTYPES, help="bf16 on CUDA, else fp32")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    wanted = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = DTYPES[wanted]
     shapes = [tuple(map(int, each.split(","))) for each in args.shapes or ()] or SHAPES[device.type]
     if args.peak_of:
         print(peak_bytes(arms_of(device)[args.peak_of], Inputs.make(shapes[0], device, dtype)))

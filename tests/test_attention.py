@@ -4,6 +4,7 @@ made.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +15,23 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.precision import Precision, PrecisionConfig
+from pipeline.config.settings.run import Run
+from pipeline.config.settings.training import Attention, TrainingConfig
 from pipeline.distillation.on_policy import Writing, write
+from pipeline.errors import UserError
 from pipeline.ledger.devices.cpu import Cpu
 from pipeline.models import attention
 from pipeline.models.attention import DOCUMENTS, bounds_of, document_attention, layer_of
+from pipeline.stages.train import TrainStage
+from pipeline.tasks.table import Task
 from pipeline.training import reading
 from pipeline.training.precision import arithmetic
 from pipeline.training.reading import (
     Apart,
     Documents,
+    Examined,
+    check_attention,
     document_mask,
     examine,
     full_logits,
@@ -449,3 +457,66 @@ def test_a_model_is_served_and_scored_by_it_as_by_its_own() -> None:
             torch.testing.assert_close(
                 full_logits(model, {"input_ids": ids}), wanted, rtol=1e-4, atol=1e-5
             )
+
+
+# -- `training.attention` --------------------------------------------------------------------------
+
+
+def test_a_mask_is_taken_where_it_is_asked_for() -> None:
+    model, inputs, documents = packed("llama")
+    by_lengths = examine(model, CPU)
+    wanted = hidden_states(model, inputs, documents.told(model, by_lengths, Precision.fp32))
+    other = model_of("llama").double()
+    other.load_state_dict(model.state_dict())
+    read = examine(other, CPU, Attention.mask)
+    assert read.apart is Apart.mask
+    check_attention(other, read, Precision.fp32, CPU, Attention.mask, "training.attention")
+    told = documents.told(other, read, Precision.fp32)
+    assert list(told) == ["attention_mask"]
+    torch.testing.assert_close(hidden_states(other, inputs, told), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_lengths_that_are_asked_for_are_there_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, with the setting's key, what the model does, and the remedy."""
+
+    def check(read: Examined, wanted: Attention = Attention.lengths) -> None:
+        check_attention(model, read, Precision.fp32, CPU, wanted, "stages.student.attention")
+
+    model = model_of("llama")
+    read = examine(model, CPU)
+    check(read)
+    check(Examined(read.head, Apart.mask), Attention.mask)
+    check(Examined(read.head, Apart.positions), Attention.auto)
+    with pytest.raises(UserError, match=r"^stages\.student\.attention: lengths: LlamaFor"):
+        check(Examined(read.head, Apart.positions))
+    assert read.layer is not None
+    drops = dataclasses.replace(read, layer=dataclasses.replace(read.layer, drops=True))
+    with pytest.raises(UserError, match=r"leaves keys out at random.*give auto or mask"):
+        check(drops)
+    with pytest.raises(UserError, match=r"mask: .* is not known to look at one"):
+        check(Examined(read.head, Apart.rows), Attention.mask)
+    monkeypatch.setattr(Cpu, "takes_lengths", lambda *_: False)
+    with pytest.raises(UserError, match=r"no kernel for them takes heads of 8"):
+        check(read)
+
+
+def test_a_device_without_such_attention_refuses_it_before_anything_runs() -> None:
+    run = Run(
+        training=TrainingConfig(attention=Attention.lengths),
+        precision=PrecisionConfig(name=Precision.fp32),
+        stages={"plain": TrainStage()},
+    )
+    TrainStage().refuse_device("stages.plain", run, CPU)
+    for named, stage in (("training", TrainStage()), ("stages.plain", TrainStage())):
+        if named != "training":
+            run.training.attention = Attention.auto
+            stage.attention = Attention.lengths
+        with pytest.raises(UserError, match=rf"^{named}\.attention: lengths: .* on mps in fp32"):
+            stage.refuse_device("stages.plain", run, torch.device("mps"))
+
+
+def test_a_task_without_packed_documents_has_no_use_for_it() -> None:
+    run = Run(task=Task.sequence_classification)
+    why = TrainStage().no_effect("attention", run)
+    assert why == "with task sequence_classification: no documents are packed"
+    assert TrainStage().no_effect("attention", Run()) is None

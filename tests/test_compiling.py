@@ -16,12 +16,15 @@ from test_training_loop import CPU, batches_for, run, same, settings, weights
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.training import Compile, TrainingConfig
 from pipeline.distillation.losses import Loss
+from pipeline.ledger.devices import table
+from pipeline.ledger.devices.cpu import Cpu
+from pipeline.ledger.devices.table import KINDS
 from pipeline.ledger.phases import PhaseClock
 from pipeline.tasks.table import Task
 from pipeline.training import compiling
 from pipeline.training.compiling import MOST_GRAPHS, Compiling, as_compiled, fresh, said
 from pipeline.training.objective import Objective, Teacher
-from pipeline.training.reading import examine
+from pipeline.training.reading import Documents, examine
 
 
 @pytest.fixture(autouse=True)
@@ -248,3 +251,131 @@ def test_what_is_read_with_hooks_is_not_compiled() -> None:
     each.begin(lambda: {})
     assert each.record["chosen"] == "eager"
     assert "hooks" in each.record["why"]
+
+
+# -- as CUDA graphs: a CPU with a capture of its own stands in -------------------------------------
+
+
+class Capturing(Cpu):
+    """A CPU that says it captures."""
+
+    captures = True
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Have bodies note how they are compiled, and nothing be compiled or run."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setitem(KINDS, "cpu", Capturing)
+    monkeypatch.setattr(table, "_opened", {})
+    monkeypatch.setattr(compiling, "_run_once", lambda *_: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: found.append(given))
+    return found
+
+
+@pytest.mark.parametrize(("after", "chosen"), [(0.5, "captured"), (0.69, "compiled")])
+def test_compiled_steps_are_tried_as_graphs(
+    after: float, chosen: str, asked: list[dict[str, Any]]
+) -> None:
+    """An eager step takes a second here, a compiled one 0.7, a captured one what the parameter
+    says.
+    """
+    lines: list[str] = []
+    objective = objective_of()
+    each = compiling_of(settings(steps=500), objective, lines)
+    each.begin(lambda: {})
+    stepped(each, lambda step: 1.0 if step <= 5 else 0.7 if step <= 9 else after, 13)
+    assert each.record["chosen"] == chosen
+    found = [each.record[name] for name in ("eager_s", "compiled_s", "captured_s")]
+    assert found == [1.0, 0.7, after]
+    assert objective.captured is (chosen == "captured")
+    as_graphs = {"dynamic": None, "options": {"triton.cudagraphs": True}}
+    # compiled, then as graphs, and where those are no faster, compiled again
+    wanted = [{"dynamic": None}, as_graphs, {"dynamic": None}]
+    assert asked == wanted[: 2 if chosen == "captured" else 3]
+    text = said(each.record)
+    assert text is not None
+    assert f"{after} s a step as CUDA graphs: {0.7 / after:.2f}x" in text
+    assert text.startswith("compiled, as CUDA graphs, after") is (chosen == "captured")
+    each.end()
+    assert not objective.captured
+
+
+@pytest.mark.parametrize(
+    ("changes", "may"),
+    [
+        ({}, True),
+        ({"start_sequence_length": 8, "sequence_length": 16}, False),
+        ({"start_batch_size": 2, "batch_size": 4}, False),
+        ({"gradient_accumulation": 2}, False),
+    ],
+)
+@pytest.mark.usefixtures("asked")
+def test_only_steps_of_one_shape_are_captured(changes: dict[str, int], may: bool) -> None:
+    assert compiling.may_capture(objective_of(), settings(**changes)) is may
+
+
+def test_a_device_without_graphs_is_not_asked_for_them() -> None:
+    assert not compiling.may_capture(objective_of(), settings())
+
+
+@pytest.mark.parametrize(
+    "refusal", ["a wait in the dry run", "torch captures nothing", "the capture fails"]
+)
+def test_a_step_that_cannot_be_captured_stays_compiled(
+    refusal: str, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = 0
+
+    def run_once(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+        if refusal == "a wait in the dry run" and runs == 2:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        if refusal == "the capture fails" and runs == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(compiling, "_run_once", run_once)
+    if refusal == "torch captures nothing":
+        skips = iter(range(10))
+        monkeypatch.setattr(compiling, "captures_refused", lambda: next(skips))
+    lines: list[str] = []
+    objective = objective_of()
+    each = compiling_of(settings(steps=500), objective, lines)
+    stepped(each, lambda step: 1.0 if step <= 5 else 0.7, 9)
+    assert each.record["chosen"] == "compiled"
+    assert objective.compiled
+    assert not objective.captured
+    assert len(lines) == 1
+    assert lines[0].startswith("steps go on compiled, without CUDA graphs: ")
+    assert each.record["why"].startswith("no CUDA graphs: ")
+    assert asked[-1] == {"dynamic": None}
+    each.end()
+
+
+def test_captured_steps_are_taken_over(asked: list[dict[str, Any]]) -> None:
+    record = {**fresh(), "chosen": "captured", "at_step": 5, "compiled_s": 0.7, "captured_s": 0.5}
+    objective = objective_of()
+    each = Compiling(settings(), objective, record, PhaseClock(), print)  # pyright: ignore[reportArgumentType]
+    each.begin(lambda: {})
+    assert objective.captured
+    assert asked[-1]["options"] == {"triton.cudagraphs": True}
+    each.end()
+
+
+def test_documents_of_captured_steps_have_few_sizes() -> None:
+    """Empty documents behind the last one, up to a power of two."""
+    positions = torch.cat([torch.arange(n) for n in (3, 2, 4, 7)])[None]
+    documents = Documents.of(positions, positions, few_sizes=True)
+    assert documents.bounds.tolist() == [0, 3, 5, 9, 16, 16, 16, 16, 16]
+    assert not documents.a_row
+    many = torch.zeros(1, 9, dtype=torch.int64)
+    assert len(Documents.of(many, many, few_sizes=True).bounds) == 17
+    assert len(Documents.of(many, many).bounds) == 10
+
+
+def test_nothing_is_chosen_by_time_where_all_is_to_be_the_same(tmp_path: Path) -> None:
+    progress = run(tiny(Task.causal_lm), settings(steps=7, deterministic=True), tmp_path)
+    assert progress.compiling["chosen"] == "eager"
+    assert "deterministic" in progress.compiling["why"]
+    assert progress.compiling["eager_s"] is None

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from capturing import Capturing
+from few import few
 from make_assess_models import random_documents, saved, tiny
 
 from pipeline.config.settings.model import TinyShape
@@ -346,7 +347,7 @@ WIDE = TinyShape(hidden_size=128, layers=1, heads=2, intermediate_size=256)
 
 # bitsandbytes' own, where torch traces it
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("fmt", sorted(LIBRARIES, key=lambda fmt: fmt.value))
+@pytest.mark.parametrize("fmt", few(sorted(LIBRARIES, key=lambda fmt: fmt.value), 2))
 def test_a_format_is_compiled_and_writes_the_same(fmt: Format, tmp_path: Path) -> None:
     if why := why_not(fmt, CPU):
         pytest.skip(why)

@@ -340,6 +340,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_shows_what_a_draft_saves(tmp_path: Path) -> None:
     done = here(tmp_path, *TINY, "serving.draft=student", "serving.draft_tokens=2")
     assert done.returncode == 0, done.stderr

@@ -215,6 +215,7 @@ def test_a_multirun_ends_with_its_worst_code_and_runs_all(tmp_path: Path) -> Non
     ("number", "code"),
     [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_a_signal_ends_the_whole_multirun(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

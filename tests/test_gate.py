@@ -209,6 +209,7 @@ def test_a_damaged_student_fails(project) -> None:
     assert by_name(said(cwd))["training"]["outcome"] == "FAIL", asked.stderr
 
 
+@pytest.mark.slow
 def test_too_few_documents_decide_nothing_and_say_how_many_would(project) -> None:
     cwd, paths = project
     done = gate(cwd, paths["student"], paths["teacher"], "policy.min_documents=400", MLFLOW)
@@ -662,6 +663,7 @@ def test_recorded_values_are_compared_only_where_they_can_be(
         assert why in (read.get("why") or verdict["why"])
 
 
+@pytest.mark.slow
 def test_the_same_values_with_another_note_are_another_comparison(project) -> None:
     cwd, paths = project
     files = [

@@ -41,8 +41,9 @@ from pipeline.models.load import load_model
 from pipeline.quantization.backend import formats, quantize
 from pipeline.quantization.backend import why_not as why_not_quantize
 from pipeline.tasks.table import Task
+from pipeline.training.compiling import as_compiled, captures_refused
 from pipeline.training.loop import Hooks, _Loop, train
-from pipeline.training.objective import Objective
+from pipeline.training.objective import Objective, Teacher
 from pipeline.training.precision import arithmetic, why_not
 from pipeline.training.reading import Documents, examine, hidden_states
 
@@ -322,6 +323,69 @@ def test_a_step_waits_for_nothing(precision: Precision) -> None:
 def test_a_compiled_model_trains(tmp_path: Path) -> None:
     (row,) = result_of(tmp_path, "recipe=baseline", "training.compile=always")["rows"]
     assert row["ledger"]["counts"]["steps"]["value"] == 30
+
+
+def taught() -> Objective:
+    """Return a student under its teacher, the same each time."""
+    student, teacher = (tiny(Task.causal_lm, seed=seed).to(DEVICE) for seed in (0, 1))
+    teacher.eval().requires_grad_(requires_grad=False)
+    read = examine(teacher, DEVICE)
+    signal = Teacher(teacher, Precision.bf16, Loss(0.5), read)
+    return Objective(
+        student,
+        Task.causal_lm,
+        Precision.bf16,
+        DEVICE,
+        PhaseClock(),
+        signal,
+        read=examine(student, DEVICE),
+    )
+
+
+def test_a_teacher_beside_its_student_says_the_same() -> None:
+    batches, found = batches_for(settings()), list[list[torch.Tensor]]()
+    for overlaps in (False, True):
+        objective = taught()
+        objective.overlaps = overlaps
+        steps = list[torch.Tensor]()
+        for step in range(4):  # memory of one step is taken by the next
+            loss = objective(batches.batch(step)).loss
+            steps += [loss.detach(), *torch.autograd.grad(loss, list(objective.model.parameters()))]
+        found.append(steps)
+    for apart, beside in zip(*found, strict=True):
+        torch.testing.assert_close(beside, apart, rtol=2e-2, atol=1e-4)
+
+
+# transformers' modules are compiled with annotations that torch will not read for ever
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
+def test_captured_steps_learn_what_compiled_ones_do(tmp_path: Path) -> None:
+    """Documents in every batch differ in number; CUDA graphs are recorded for a few sizes."""
+    if not device_of(DEVICE).captures:
+        pytest.skip(f"{device_of(DEVICE).kind} captures no graphs")
+    batches, found = batches_for(settings()), list[list[float]]()
+    for captured in (False, True):
+        objective, losses = taught(), list[float]()
+        loop = _Loop.of(
+            objective.model, objective, settings(), PrecisionConfig(), PhaseClock(), hooks()
+        )
+        refused = captures_refused()
+        with as_compiled(objective, settings(), captured=captured):
+            for _ in range(6):
+                loop.step(batches)
+                losses.append(float(loop.pending[-1].values[0]))
+        assert captures_refused() == refused
+        found.append(losses)
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+
+
+def test_a_training_that_is_to_be_deterministic_is(tmp_path: Path) -> None:
+    digests = set[str]()
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (row,) = result_of(folder, "recipe=baseline", "training.deterministic=true")["rows"]
+        digests.add(row["artifact"]["digest"])
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("decode", [Decode.graph, Decode.compile])

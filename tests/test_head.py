@@ -107,6 +107,27 @@ def test_the_gradient_of_the_weight_is_not_rounded_chunk_by_chunk(
     torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-5, atol=1e-7)
 
 
+def test_the_gradient_of_the_weight_is_rounded_once_where_one_chunk_holds_all() -> None:
+    """As autocast's own product is: no nearer to fp32, and no farther from it."""
+    torch.manual_seed(2)
+    h, w, labels = torch.randn(64, 16), torch.randn(50, 16) / 4, torch.randint(0, 50, (64,))
+    leaf, plain = (w.clone().requires_grad_() for _ in range(2))
+    value, _ = head_loss(h, Head(leaf, None), labels, dtype=torch.bfloat16)
+    value.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = F.linear(h, plain)
+    F.cross_entropy(logits.float(), labels).backward()
+    exact = w.double().requires_grad_()
+    products = h.bfloat16().double() @ exact.bfloat16().double().T
+    F.cross_entropy(products, labels).backward()
+    assert leaf.grad is not None
+    assert plain.grad is not None
+    assert exact.grad is not None
+    ours, theirs = ((each.grad.double() - exact.grad).norm() for each in (leaf, plain))
+    assert ours < 1.1 * theirs
+    assert ours / exact.grad.norm() < 2**-8
+
+
 @pytest.mark.parametrize("frozen", ["weight", "bias", "hidden"])
 def test_what_is_frozen_gets_no_gradient_and_none_is_held(
     monkeypatch: pytest.MonkeyPatch, frozen: str

@@ -176,6 +176,7 @@ def test_a_plain_torch_script_reaches_mlflow_with_its_phases(root: Path) -> None
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_every_second_and_token_of_torchrun_once(tmp_path: Path, world: int) -> None:
     code, _, err = run(
         tmp_path,

@@ -383,6 +383,7 @@ def test_classifiers_write_nothing() -> None:
         DistillStage(on_policy=0.5).check("stages.student", Run(task=Task.sequence_classification))
 
 
+@pytest.mark.slow
 def test_a_recipe_has_its_student_write_all_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,6 +142,7 @@ def test_stored_weights_are_the_source_within_half_a_step(made, fmt: Format, tas
 @pytest.mark.parametrize(
     ("fmt", "task"), [pytest.param(*CASES[0], marks=pytest.mark.slow), CASES[2]]
 )
+@pytest.mark.slow
 def test_a_program_without_this_package_loads_it_and_answers_the_same(
     made, fmt: Format, task: Task
 ) -> None:

@@ -341,6 +341,7 @@ def test_settings_without_effect_are_refused(changes: dict[str, Any], named: str
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_recipe_draws_them_beside_hidden_states(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -478,6 +478,7 @@ def test_a_training_that_fails_is_told_and_what_it_took_is_kept(
     assert not list((place / "mlruns").glob("selftest-*"))
 
 
+@pytest.mark.slow
 def test_a_stopped_self_test_takes_its_training_with_it(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

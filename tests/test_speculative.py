@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from capturing import Capturing
+from few import few
 from make_assess_models import tiny
 from make_heads import COMMON
 from transformers import (
@@ -205,7 +206,7 @@ def test_a_cache_of_fixed_size_is_cut_and_its_passes_are_captured(
     assert [each.accepted for each in found] == [expected.accepted] * 2
 
 
-@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("captured", few([True, False], 1))
 def test_passes_are_compiled_too(
     captured: bool, capturing: type[Capturing], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -301,6 +301,7 @@ def test_pruning_is_delivered_to_mlflow(pruned: tuple[Path, dict[str, Any]]) -> 
     assert [each["drop"] for each in params] == ["2"]
 
 
+@pytest.mark.slow
 def test_a_pruned_model_is_found_again_and_released(pruned: tuple[Path, dict[str, Any]]) -> None:
     root, result = pruned
     again = forked_run(root, *PRUNE, "stages.pruned.drop=2")

@@ -59,6 +59,7 @@ def test_a_lock_that_another_process_holds_is_waited_for_aloud(
     FileLock(lock).acquire(timeout=0)  # let go of
 
 
+@pytest.mark.slow
 def test_a_slow_hub_is_waited_for_aloud(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -187,7 +187,11 @@ class _FusedHead(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[part] = tile @ student.weight  # (n, H_s)
             if grad_weight is not None:
-                _add_product(grad_weight, tile, h)
+                if rows >= len(work.labels) and not _has_wide_products(tile, grad_weight):
+                    # One product is rounded once, as autocast would; converting takes longer.
+                    grad_weight.copy_(tile.T @ h)
+                else:
+                    _add_product(grad_weight, tile, h)
             if grad_bias is not None:
                 grad_bias += tile.sum(0, dtype=exact)
         # These are of the summed loss; `backward` divides by the count and multiplies by what comes
@@ -285,6 +289,11 @@ def _weight_parts(weight: Tensor) -> list[slice]:
     # 4 bytes an fp32 entry
     rows = max(1, WEIGHT_TILE_BYTES // (4 * weight.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
+
+
+def _has_wide_products(tile: Tensor, total: Tensor) -> bool:
+    """Return whether tile.T @ h can be had in the dtype of `total` without converting either."""
+    return tile.dtype == total.dtype or device_of(total.device).wide_products
 
 
 def _add_product(total: Tensor, tile: Tensor, h: Tensor) -> None:

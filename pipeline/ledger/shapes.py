@@ -837,6 +837,7 @@ class About(TypedDict, total=False):
 
     precision: PrecisionChoice
     compiling: CompileRecord
+    overlapping: OverlapRecord
     head: HeadChoice
     search: SearchRecord
     quantization: QuantizationFacts
@@ -1005,9 +1006,10 @@ class CompileRecord(TypedDict):
     """Whether a training ran compiled, and why.
 
     Attributes:
-        chosen: `compiled` or `eager`; None: it ended before that was known.
+        chosen: `compiled`, `captured` (compiled, and replayed as CUDA graphs) or `eager`; None: it
+            ended before that was known.
         at_step: Steps taken before it was compiled; None: it was not tried.
-        eager_s, compiled_s: Seconds of a step, median of a few.
+        eager_s, compiled_s, captured_s: Seconds of a step, median of a few; None: not timed.
         compile_s: Seconds that compiling took.
         graphs: Compiled; `breaks`: places where one broke off; `recompiled`: for other shapes.
     """
@@ -1017,10 +1019,25 @@ class CompileRecord(TypedDict):
     at_step: int | None
     eager_s: float | None
     compiled_s: float | None
+    captured_s: float | None
     compile_s: float | None
     graphs: int
     breaks: int
     recompiled: int
+
+
+class OverlapRecord(TypedDict):
+    """Whether a teacher ran beside its student, and why.
+
+    Attributes:
+        chosen: None: it ended before that was known.
+        apart_s, beside_s: Seconds of a step either way, median of a few; None: not timed.
+    """
+
+    chosen: bool | None
+    why: str
+    apart_s: float | None
+    beside_s: float | None
 
 
 class ProgressRecord(TypedDict):
@@ -1040,6 +1057,7 @@ class ProgressRecord(TypedDict):
     best: dict[str, float]
     curve: list[dict[str, float]]
     compiling: NotRequired[CompileRecord]
+    overlapping: NotRequired[OverlapRecord]
 
 
 class TrainingState(TypedDict):

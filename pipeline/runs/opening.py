@@ -59,6 +59,7 @@ from pipeline.runs.running import Running
 from pipeline.runs.session import Session
 from pipeline.runs.timeline import Timeline
 from pipeline.stages.base import stages_of
+from pipeline.stages.settings import is_deterministic
 from pipeline.store.artifacts import Store, plain, reserve_room, write_json
 from pipeline.tracking.deliver import declared_uri
 from pipeline.tracking.writer import start_writer
@@ -202,6 +203,8 @@ def _open_device(run: Run, clock: PhaseClock) -> Any:
         import torch
     with clock.phase("prepare"):
         device = choose_device(run)
+        if any(is_deterministic(stage, run) for stage in stages_of(run).values()):
+            device_of(device).before_deterministic()
         if run.hardware.num_threads is not None:
             torch.set_num_threads(run.hardware.num_threads)
         for name, stage in stages_of(run).items():

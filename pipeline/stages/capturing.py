@@ -141,7 +141,9 @@ def _open(
         model.requires_grad_(requires_grad=False)
         tokenizer = load_tokenizer(teacher.path)
     with ctx.clock.phase("prepare"):
-        examined = examine(model, ctx.device) if task.kind.is_language else None
+        examined = None
+        if task.kind.is_language:
+            examined = examine(model, ctx.device, settings.attention)
         encoded, apart = (
             read_encoded(model, tokenizer, settings, ctx),
             examined is not None and not examined.packs,

@@ -15,7 +15,13 @@ from pipeline.config.arms import BASE, STUDENT_INIT
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
 from pipeline.config.settings.run import Run
-from pipeline.config.settings.training import Compile, OptimizerKind, Schedule, TrainingConfig
+from pipeline.config.settings.training import (
+    Attention,
+    Compile,
+    OptimizerKind,
+    Schedule,
+    TrainingConfig,
+)
 from pipeline.errors import UserError
 from pipeline.stages.base import (
     LIKE,
@@ -66,6 +72,8 @@ class TrainingOverrides(Stage):
     checkpoint_seconds: Optional[float] = positive(None)
     divergence_factor: Optional[float] = field(default=None, metadata={"above": 1})
     compile: Optional[Compile] = None
+    attention: Optional[Attention] = None
+    deterministic: Optional[bool] = None
     optimizer: Optional[OptimizerKind] = None
     activation_checkpointing: Optional[bool] = None
     start_batch_size: Optional[int] = positive(None)
@@ -124,9 +132,17 @@ class TrainingOverrides(Stage):
         starts = (settings.start_batch_size, settings.start_sequence_length)
         if setting == "growth_fraction" and starts == (None, None):
             return "without start_batch_size or start_sequence_length"
+        if setting == "attention" and not run.task.kind.is_language:
+            return f"with task {run.task.value}: no documents are packed"
         if setting == "checkpoint_seconds" and settings.checkpoint_every is not None:
             return "beside checkpoint_every"
         return None
+
+    def refuse_device(self, key: str, run: Run, device: Any) -> None:
+        """Refuse a precision, an attention or a compiler that this device does not have."""
+        Stage.refuse_device(self, key, run, device)
+        if not self.optional and self.trains(run):
+            _check_device(self, key.removeprefix("stages."), run, device)
 
     def key_settings(self, run: Run, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
         """Return its own settings, those it inherits, and what the student's weights are."""
@@ -188,6 +204,28 @@ class TrainingOverrides(Stage):
         return smaller_batches(self, name, run)
 
 
+def _check_device(stage: TrainingOverrides, name: str, run: Run, device: Any) -> None:
+    """Refuse training settings that this device cannot do.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    from pipeline.ledger.devices.table import device_of
+    from pipeline.training.precision import compute_dtype
+
+    settings, here = training_settings(stage, run), device_of(device)
+    if settings.compile is Compile.always and (why := here.why_no_compile()) is not None:
+        key = deciding(stage, name, run, "compile")
+        raise UserError(key, f"always: {why}", "install it, or give auto")
+    if settings.attention is Attention.lengths and run.task.kind.is_language:
+        precision = training_precision(stage, run)
+        tried = Precision.bf16 if precision is Precision.auto else precision
+        if not here.takes_lengths(compute_dtype(tried), 1):
+            key = deciding(stage, name, run, "attention")
+            problem = f"lengths: there is no such attention on {here.kind} in {tried.value}"
+            raise UserError(key, problem, "give auto or mask")
+
+
 def warm_batches(inputs: Mapping[str, Artifact], settings: TrainingConfig, ctx: WarmUp) -> None:
     """Import the class of what is read, open the device, and encode train as `settings` have it."""
     if not inputs:
@@ -223,15 +261,15 @@ def smaller_batches(stage: TrainingOverrides, name: str, run: Run) -> str:
     ]
     if parts:
         wanted = next((n for n in parts if n >= 2 * now.gradient_accumulation), parts[-1])
-        key = _deciding(stage, name, run, "gradient_accumulation")
+        key = deciding(stage, name, run, "gradient_accumulation")
         return f"{key}={wanted} (now {now.gradient_accumulation}; the same batch in smaller parts)"
-    length = _deciding(stage, name, run, "sequence_length")
+    length = deciding(stage, name, run, "sequence_length")
     shorter = f"{length}={max(8, now.sequence_length // 2)} (now {now.sequence_length})"
     wide = training_precision(stage, run) in (Precision.fp32, Precision.tf32)
     return f"{shorter}, or precision=bf16" if wide else shorter
 
 
-def _deciding(stage: TrainingOverrides, name: str, run: Run, setting: str) -> str:
+def deciding(stage: TrainingOverrides, name: str, run: Run, setting: str) -> str:
     """Return the setting that decides: the stage's own, that of the stage it is like, or
     everybody's.
     """
@@ -310,6 +348,12 @@ def steps_of(settings: TrainingConfig, num_rows: int) -> int:
     while (read := first_row(steps, dataclasses.replace(settings, steps=steps))) < wanted:
         steps += math.ceil((wanted - read) / settings.batch_size)
     return steps
+
+
+def is_deterministic(stage: Stage, run: Run) -> bool:
+    """Return whether a stage is to give the same bits each time."""
+    settings = stage.batches_like(run)
+    return settings is not None and settings.deterministic
 
 
 def training_precision(stage: Any, run: Run) -> Precision:
@@ -392,6 +436,10 @@ def check_training(stage: TrainingOverrides, key: str, run: Run) -> None:
         )
     _check_growth(settings, key, run)
     _check_optimizer(settings, key, run)
+    precision = precision_in_force(stage, key, run)
+    if settings.deterministic and precision.precision is Precision.auto:
+        problem = "auto takes the precision that a trial finds fastest, with training.deterministic"
+        raise UserError(precision.setting, problem, "name a precision")
     for name in ("hidden_weight", "relation_weight"):
         if getattr(stage, name, 0) and training_precision(stage, run) is Precision.bf16_pure:
             raise UserError(

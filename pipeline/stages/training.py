@@ -46,6 +46,7 @@ from pipeline.stages.head_choice import choose_head
 from pipeline.stages.precision_choice import Choice, choose_precision
 from pipeline.stages.settings import (
     TrainingOverrides,
+    deciding,
     steps_of,
     training_precision,
     training_settings,
@@ -65,9 +66,10 @@ from pipeline.training.activations import checkpoint_activations
 from pipeline.training.compiling import said as compile_said
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import Objective, Teacher, columns_of, parameter_hash
+from pipeline.training.overlapping import said as overlap_said
 from pipeline.training.precision import arithmetic, round_weights
 from pipeline.training.prefetch import Batches
-from pipeline.training.reading import Examined, examine
+from pipeline.training.reading import Examined, check_attention, examine
 from pipeline.training.schedule import first_row, sequence_length
 from pipeline.training.selfcheck import LEAST_SHARE, check_teacher
 
@@ -167,9 +169,10 @@ def run_training(
     compiled = progress.compiling
     read = _epochs_said(settings, ready.num_rows, ctx)
     head_said = None if head is None else head["said"]
-    said = (*ready.said, choice, head_said, compile_said(compiled), read)
+    ways = (compile_said(compiled), overlap_said(progress.overlapping))
+    said = (*ready.said, choice, head_said, *ways, read)
     notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
-    about: About = {"compiling": compiled}
+    about: About = {"compiling": compiled, "overlapping": progress.overlapping}
     if choice is not None:
         about["precision"] = choice.about
     if head is not None:
@@ -205,8 +208,8 @@ def _prepare(
     if distill is not None and distill.cache is None:
         teacher = load_teacher(distill, inputs, tokenizer, ctx)
     with ctx.clock.phase("prepare"):
-        own = examine(model, ctx.device) if ctx.run.task.kind.is_language else None
-        teacher = None if teacher is None else _examined(teacher, own, ctx)
+        own = _read_as(stage, model, settings, ctx)
+        teacher = None if teacher is None else _examined(teacher, own, settings, ctx)
         encoded = read_encoded(model, tokenizer, settings, ctx, completions=completions)
         text = make_batches(model, tokenizer, encoded, settings, ctx, apart=_apart(own, teacher))
         num_rows = text.num_rows
@@ -258,10 +261,28 @@ def _prepare(
         )
 
 
-def _examined(teacher: Teacher, own: Examined | None, ctx: Context) -> Teacher:
+def _read_as(
+    stage: TrainingOverrides, model: Any, settings: TrainingConfig, ctx: Context
+) -> Examined | None:
+    """Return how the model is to be read; None for a classifier."""
+    if not ctx.run.task.kind.is_language:
+        return None
+    read = examine(model, ctx.device, settings.attention)
+    precision = training_precision(stage, ctx.run)
+    if precision is Precision.auto:  # what it may become
+        precision = Precision.bf16
+    key = deciding(stage, ctx.stage, ctx.run, "attention")
+    check_attention(model, read, precision, ctx.device, settings.attention, key)
+    return read
+
+
+def _examined(
+    teacher: Teacher, own: Examined | None, settings: TrainingConfig, ctx: Context
+) -> Teacher:
     """Return the teacher, rounded to its precision, with how it is to be read."""
     if own is not None:
-        teacher = replace(teacher, read=examine(teacher.model, ctx.device))
+        read = examine(teacher.model, ctx.device, settings.attention)
+        teacher = replace(teacher, read=read)
     # After `examine`, which runs without autocast: fp32 states would meet 16-bit weights there.
     round_weights(teacher.model, teacher.precision)
     return teacher

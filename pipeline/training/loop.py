@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,19 @@ from torch import Tensor
 from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import num_targets, num_tokens
-from pipeline.errors import BudgetSpent, StageFailed
+from pipeline.errors import BudgetSpent, StageFailed, one_line
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.shapes import CompileRecord, HistoryEntry, TrainingState
+from pipeline.ledger.shapes import CompileRecord, HistoryEntry, OverlapRecord, TrainingState
 from pipeline.ledger.traced_steps import StepTracer
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, compiling, overlapping
 from pipeline.training.checkpoint import kept_of
-from pipeline.training.compiling import Compiling, fresh
+from pipeline.training.compiling import Compiling
 from pipeline.training.float8 import float8_layers
 from pipeline.training.objective import Objective, StepLoss
 from pipeline.training.optimizer import MasterWeights, make_optimizer, masters_of, set_rate
+from pipeline.training.overlapping import Overlapping
 from pipeline.training.precision import matmuls
 from pipeline.training.prefetch import Batches, made_ahead
 from pipeline.training.schedule import is_constant, learning_rate
@@ -66,7 +67,8 @@ class Progress:
     smooth: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
-    compiling: CompileRecord = field(default_factory=fresh)
+    compiling: CompileRecord = field(default_factory=compiling.fresh)
+    overlapping: OverlapRecord = field(default_factory=overlapping.fresh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,16 +309,17 @@ def train(
     loop = replace(fresh, progress=fresh.resumed(folder))
     with (
         _float8(objective, precision, hooks),
+        _deterministic(settings, objective),
         made_ahead(batches, loop.progress.step, settings.steps, objective.device) as ahead,
     ):
-        compiling = Compiling(settings, objective, loop.progress.compiling, clock, hooks.say)
+        ways = _Ways.of(loop)
         loop.model.train()  # before it is compiled: dropout is another graph
         if loop.progress.step < settings.steps:
-            compiling.begin(lambda: _micro_batch(batches.batch(loop.progress.step), settings))
+            ways.begin(lambda: _micro_batch(batches.batch(loop.progress.step), settings))
         try:
-            _all_steps(loop, ahead, folder, compiling)
+            _all_steps(loop, ahead, folder, ways)
         finally:
-            compiling.end()
+            ways.end()
     if loop.masters is not None:
         loop.masters.restore()
     return loop.progress
@@ -380,7 +383,70 @@ def _micro_batch(batch: dict[str, Tensor], settings: TrainingConfig) -> dict[str
     return {name: tensor.chunk(settings.gradient_accumulation)[0] for name, tensor in batch.items()}
 
 
-def _all_steps(loop: _Loop, batches: Batches, folder: Path, compiling: Compiling) -> None:
+@dataclass(frozen=True, slots=True)
+class _Ways:
+    """How steps run, as far as their own times decide it."""
+
+    compiling: Compiling
+    overlapping: Overlapping
+
+    @classmethod
+    def of(cls, loop: _Loop) -> _Ways:
+        """Return those of a training, with what is known of it."""
+        found, progress = loop.hooks, loop.progress
+        compiled = Compiling(
+            loop.settings, loop.objective, progress.compiling, loop.clock, found.say
+        )
+        overlap = Overlapping(
+            loop.objective, progress.overlapping, is_due=lambda: compiled.is_settled
+        )
+        return cls(compiled, overlap)
+
+    @property
+    def are_timed(self) -> bool:
+        """Whether the step that follows is timed: the device is to be waited for before and
+        after it.
+        """
+        return self.compiling.is_timing or self.overlapping.is_timing
+
+    def begin(self, batch: Callable[[], dict[str, Tensor]]) -> None:
+        """Settle before the first step what can be."""
+        self.compiling.begin(batch)
+        self.overlapping.begin()
+
+    def stepped(self, step: int, seconds: float, batch: dict[str, Tensor]) -> None:
+        """Take note of a step."""
+        self.overlapping.stepped(seconds)  # first: the other may be settled by this very step
+        self.compiling.stepped(step, seconds, batch)
+
+    def end(self) -> None:
+        """Run eager, and one after the other, from here on."""
+        self.overlapping.end()
+        self.compiling.end()
+
+
+@contextmanager
+def _deterministic(settings: TrainingConfig, objective: Objective) -> Generator[None]:
+    """Have every kernel give the same bits each time inside, where that is asked for.
+
+    Raises:
+        StageFailed: If there is no such kernel for something.
+    """
+    if not settings.deterministic:
+        yield
+        return
+    try:
+        with device_of(objective.device).deterministic():
+            yield
+    except RuntimeError as error:
+        said = one_line(error, 160)
+        if "deterministic" not in said:
+            raise
+        problem = f"a kernel that gives the same bits each time is missing ({said})"
+        raise StageFailed(f"{problem}; training.deterministic=false trains without") from error
+
+
+def _all_steps(loop: _Loop, batches: Batches, folder: Path, ways: _Ways) -> None:
     """Take every step that is left, with the evaluations and checkpoints that fall due.
 
     Raises:
@@ -396,12 +462,12 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path, compiling: Compiling
             # Readings on their way belong to steps before the trace.
             loop.read(drain=True)
             hooks.tracer.open(clock)
-        if compiling.is_timing:  # what was launched before belongs to the steps before
+        if ways.are_timed:  # what was launched before belongs to the steps before
             _wait(loop)
         before = clock.now_ns()
         with hooks.tracer.annotate(number):
             loop.step(batches)
-        if compiling.is_timing:
+        if ways.are_timed:
             _wait(loop)
         taken_ns = clock.now_ns() - before
         progress.step_ns += taken_ns
@@ -413,10 +479,10 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path, compiling: Compiling
         if traced:
             hooks.tracer.close(number, clock)
         if evaluates:
-            with compiling.eager():
+            with ways.compiling.eager():
                 _validate(progress, settings, hooks, clock)
         if loop.latest:
-            compiling.stepped(number, taken_ns / 1e9, loop.latest[0])
+            ways.stepped(number, taken_ns / 1e9, loop.latest[0])
         stop = hooks.should_stop()
         due = time.monotonic() - last_saved > settings.checkpoint_seconds
         if settings.checkpoint_every is not None:

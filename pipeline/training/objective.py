@@ -7,8 +7,8 @@ Shape legend: B rows, T tokens, N predicted tokens, C classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,7 +107,9 @@ class Objective:
         # by step, where the loss changes over the training
         self.losses: Callable[[int], Loss] | None = None
         self.head_loss: HeadLoss = head_loss
-        self.compiled = False  # set by `training.compiling`, which also compiles what is called
+        # set by `training.compiling`, which also compiles what is called, or has it captured
+        self.compiled = self.captured = False
+        self.overlaps = False  # set by `training.overlapping`: the teacher runs beside the model
         self.vocabulary: int | None = None
         self.teacher_read = Examined()
         if self.teacher is not None:
@@ -135,6 +137,8 @@ class Objective:
         """
         if self.losses is not None:
             self.loss = self.losses(step)
+        if self.captured:  # what the graphs of the last step gave out may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
 
     def full_logits(self, tokens: int) -> list[str]:
         """Return what is to be said of models whose logits are held in full, by the positions of a
@@ -191,7 +195,9 @@ class Objective:
         if self.task.kind.is_language:
             assert not isinstance(said, Tensor)
             with self.clock.phase("h2d"):
-                documents = Documents.of(inputs["position_ids"], batch["position_ids"])
+                documents = Documents.of(
+                    inputs["position_ids"], batch["position_ids"], few_sizes=self.captured
+                )
                 if self.compiled:
                     documents.vary()
             return self._causal(inputs, documents, keep_there, targets, said, loss)
@@ -224,11 +230,7 @@ class Objective:
         teacher, taught, theirs = self.teacher, said, _Inside()
         every = self.hidden is not None
         if teacher is not None:
-            with (
-                self.clock.phase("teacher"),
-                torch.no_grad(),
-                arithmetic(teacher.precision, self.device),
-            ):
+            with self._taught_by(teacher):
                 with self._reading(teacher.model) as theirs.projected:
                     given = self._given(
                         teacher.model, self.teacher_read, teacher.precision, inputs, documents
@@ -246,6 +248,7 @@ class Objective:
             ours = _Inside()
             with self._reading(self.model) as ours.projected:
                 given = self._given(self.model, self.read, self.precision, inputs, documents)
+            self._join()
             ours.states = given.hidden_states if every else ()
             more: dict[str, Any] = {"vocabulary": self.vocabulary, "taught": taught, "loss": loss}
             if isinstance(self.head, Unknown):
@@ -269,6 +272,23 @@ class Objective:
             return self._drawn(
                 done, ours, theirs, may_read, each.reshape(inputs["input_ids"].shape)
             )
+
+    @contextmanager
+    def _taught_by(self, teacher: Teacher) -> Generator[None]:
+        """Compute inside as a teacher does, beside the model where that was found faster."""
+        own = device_of(self.device)
+        with (
+            self.clock.phase("teacher"),
+            own.beside() if self.overlaps else nullcontext(),
+            torch.no_grad(),
+            arithmetic(teacher.precision, self.device),
+        ):
+            yield
+
+    def _join(self) -> None:
+        """Have the loss wait for what the teacher says."""
+        if self.overlaps:
+            device_of(self.device).join()
 
     def _given(
         self,
@@ -339,11 +359,7 @@ class Objective:
     ) -> StepLoss:
         teacher, teacher_logits, theirs = self.teacher, said, _Inside()
         if teacher is not None:
-            with (
-                self.clock.phase("teacher"),
-                torch.no_grad(),
-                arithmetic(teacher.precision, self.device),
-            ):
+            with self._taught_by(teacher):
                 with self._reading(teacher.model) as theirs.projected:
                     teacher_logits, theirs.states = self._read(teacher.model, inputs)
                 teacher_logits = teacher_logits[keep]
@@ -351,6 +367,7 @@ class Objective:
             ours = _Inside()
             with self._reading(self.model) as ours.projected:
                 logits, ours.states = self._read(self.model, inputs)
+            self._join()
             logits = logits[keep]
             if teacher_logits is not None:  # of its classes, those of the student come first
                 teacher_logits = teacher_logits[:, : logits.shape[1]]

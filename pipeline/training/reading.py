@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.training import Attention
 from pipeline.distillation.transform import (
     Transform,
     Unknown,
@@ -47,6 +48,7 @@ UNSEEN = 1e-2
 # of hidden states, of the largest one, computed twice in fp32 in other company; 16 bits: 4
 # roundings
 ALIKE = 1e-4
+FEWEST = 8  # documents that a batch is filled up to, where few sizes are wanted
 
 
 class Apart(StrEnum):
@@ -85,17 +87,28 @@ class Documents:
     Attributes:
         position_ids: (B, T) on the device; they begin anew with every document.
         bounds: (N + 1,) int32 on the device: see `bounds_of`.
+        a_row: Whether every row is one document.
     """
 
     position_ids: Tensor
     bounds: Tensor
+    a_row: bool
 
     @classmethod
-    def of(cls, there: Tensor, here: Tensor) -> Documents:
+    def of(cls, there: Tensor, here: Tensor, *, few_sizes: bool = False) -> Documents:
         """Return those of a batch whose `position_ids` are there on the device and here on the
         host.
+
+        Args:
+            few_sizes: Add empty documents at the end until there is a power of two, so that few
+                sizes of `bounds` occur.
         """
-        return cls(there, device_of(there.device).send(bounds_of(here)))
+        bounds = bounds_of(here)
+        count = len(bounds) - 1
+        if few_sizes:
+            wanted = max(FEWEST, 1 << (count - 1).bit_length())
+            bounds = torch.cat([bounds, bounds[-1:].expand(wanted - count)])
+        return cls(there, device_of(there.device).send(bounds), count == len(here))
 
     def vary(self) -> None:
         """Tell torch.compile that there will be more documents, or fewer."""
@@ -110,8 +123,8 @@ class Documents:
         """Return what a model's forward pass is given beside the inputs."""
         if read.apart is Apart.mask:
             return {"attention_mask": as_read_by(model, self.mask)}
-        rows, length = self.position_ids.shape
-        if read.apart is not Apart.lengths or len(self.bounds) == rows + 1:
+        length = self.position_ids.shape[1]
+        if read.apart is not Apart.lengths or self.a_row:
             return {}  # attention of a document a row needs nothing
         if not _takes_lengths(model, read, precision, self.position_ids.device):
             return {"allowed": self.mask}
@@ -246,13 +259,16 @@ def _added(mask: Tensor) -> Tensor:
     )
 
 
-def examine(model: Any, device: torch.device) -> Examined:
+def examine(model: Any, device: torch.device, attention: Attention = Attention.auto) -> Examined:
     """Find out on a few tokens how a model's logits and packed documents are to be had.
 
     Documents are packed where that changes nothing: where the model gives the same of tokens with
     positions as without, and where lengths, a mask or the positions keep one document from the
     next. Any other model reads a document a row. A model that can be told lengths has
     `pipeline.models.attention` from here on; else it stays as it is.
+
+    Args:
+        attention: `mask` tells no model lengths.
 
     Raises:
         UserError: If its logits are not finite, if it gives others each time, or if it reads later
@@ -268,13 +284,45 @@ def examine(model: Any, device: torch.device) -> Examined:
             with nothing_is_zero(model):
                 if _takes_positions(model, document):
                     head = prove(model, document)
-                    found = _kept_apart(model, head, device)
+                    found = _kept_apart(model, head, device, attention)
                     if found is not None:
                         return found
                 _check_reads_back(model, alone)
                 return Examined(prove(model, alone), Apart.rows)
     finally:
         model.train(training)
+
+
+def check_attention(
+    model: Any,
+    read: Examined,
+    precision: Precision,
+    device: torch.device,
+    attention: Attention,
+    key: str,
+) -> None:
+    """Refuse a way to keep documents apart that a model to be trained does not have.
+
+    Args:
+        key: Of the setting that wants it.
+
+    Raises:
+        UserError: Naming it.
+    """
+    name = type(model).__name__
+    if attention is Attention.mask and read.apart is not Apart.mask:
+        raise UserError(key, f"mask: {name} is not known to look at one", "give auto")
+    if attention is not Attention.lengths:
+        return
+    why = None
+    if read.layer is None:
+        why = "its layers do not hand them on, or compute more than attention by them does"
+    elif read.layer.drops:
+        why = "it leaves keys out at random, which no kernel for lengths does"
+    elif not device_of(device).takes_lengths(compute_dtype(precision), read.layer.width):
+        why = f"no kernel for them takes heads of {read.layer.width}"
+    if why is not None:
+        raise UserError(key, f"lengths: {name} cannot be told them: {why}", "give auto or mask")
 
 
 def _document(model: Any, start: int, device: torch.device) -> dict[str, Tensor]:
@@ -322,7 +370,9 @@ def _check_reads_back(model: Any, document: dict[str, Tensor]) -> None:
         raise UserError("model.path", problem, "use a causal language model")
 
 
-def _kept_apart(model: Any, head: Transform | Unknown, device: torch.device) -> Examined | None:
+def _kept_apart(
+    model: Any, head: Transform | Unknown, device: torch.device, attention: Attention
+) -> Examined | None:
     """Return how two packed documents are kept apart, so that the second is as it is alone.
 
     Lengths do it where attention can be told them, else a mask where the model looks at one, else
@@ -355,7 +405,9 @@ def _kept_apart(model: Any, head: Transform | Unknown, device: torch.device) -> 
     def by_positions() -> bool:
         return near(read(model, pair), alone, allowed)
 
-    layer = _given_lengths(model, lambda layer: told(by_lengths(layer)), pair)
+    layer = None
+    if attention is not Attention.mask:
+        layer = _given_lengths(model, lambda layer: told(by_lengths(layer)), pair)
     if layer is not None:
         return Examined(head, Apart.lengths, layer)
     kinds = _kinds(model.config)

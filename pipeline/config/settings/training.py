@@ -31,6 +31,16 @@ class Compile(Enum):
     never = "never"
 
 
+class Attention(Enum):
+    """What keeps packed documents apart. `auto`: `lengths`, where model and device take them, else
+    `mask` or what the model itself does.
+    """
+
+    auto = "auto"
+    lengths = "lengths"  # attention is told where each document begins
+    mask = "mask"  # every position is told what it may read
+
+
 class Schedule(Enum):
     """Learning-rate schedule after the warm-up."""
 
@@ -63,6 +73,9 @@ class TrainingConfig:
     # loss over its own best average
     divergence_factor: float = field(default=4.0, metadata={"above": 1})
     compile: Compile = Compile.auto  # torch.compile
+    attention: Attention = Attention.auto  # between packed documents, of causal_lm
+    # the same bits each time: kernels that give them alone, and nothing is chosen by its time
+    deterministic: bool = False
     optimizer: OptimizerKind = OptimizerKind.adamw  # what holds the two moments
     # backward computes each layer again, so that memory holds one at a time
     activation_checkpointing: bool = False

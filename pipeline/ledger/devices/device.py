@@ -90,6 +90,7 @@ class Device(ABC):
     triton: ClassVar[bool] = False  # Triton, and with it torch.compile, makes kernels for it
     wide_products: ClassVar[bool] = False  # torch multiplies 16 bits into an fp32 result
     captures: ClassVar[bool] = False  # `capture` works
+    streams: ClassVar[bool] = False  # what is started `beside` other work runs at the same time
     for_vllm: ClassVar[bool] = False  # vLLM's usual builds, and all its quantized formats, run here
     # products with a dimension that is no multiple of it are slow
     product_width: ClassVar[int] = 1
@@ -174,6 +175,20 @@ class Device(ABC):
         """
         return tensor, None
 
+    # -- two things at once -----------------------------------------------------------------------
+
+    @contextmanager
+    def beside(self) -> Generator[None]:
+        """Have what is started inside run beside what is started after it, until `join`; it begins
+        when all that was started before is done.
+        """
+        yield
+
+    def join(self) -> None:  # noqa: B027 - nothing runs beside
+        """Have what is started from here on wait for all that was started `beside`. The host does
+        not wait.
+        """
+
     # -- random numbers ---------------------------------------------------------------------------
 
     def generators(self) -> list[torch.device]:
@@ -250,6 +265,30 @@ class Device(ABC):
     def matmuls(self, *, tf32: bool) -> Generator[None]:
         """Multiply fp32 matrices in tf32 or in IEEE fp32 inside."""
         yield
+
+    def before_deterministic(self) -> None:  # noqa: B027 - most kinds need nothing
+        """Set before the first product of a process what `deterministic` needs."""
+
+    @contextmanager
+    def deterministic(self) -> Generator[None]:
+        """Compute inside with kernels alone that give the same bits each time.
+
+        What has no such kernel raises RuntimeError, with the operator's name.
+        """
+        import torch
+
+        before = torch.are_deterministic_algorithms_enabled()
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        memory: Any = torch.utils.deterministic
+        filled = memory.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        # every new tensor would be filled with NaN, to show who reads it too early
+        memory.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warns)
+            memory.fill_uninitialized_memory = filled
 
     def why_no_compile(self) -> str | None:
         """Return why torch.compile makes no code for it here; None where nothing speaks against

@@ -32,6 +32,8 @@ CAPABILITY = {
 Source: CUDA C++ Programming Guide, compute capabilities; torch._scaled_mm (per row: Hopper)."""
 WARM_UPS = 2  # runs before a capture: first calls choose kernels and ask for workspaces
 
+CUBLAS_BUFFERS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # 8 of 4 MiB
+
 # Source: torch.nn.attention, its checks before flash attention.
 FLASH_CAPABILITY = (8, 0)
 WIDEST_FLASH = 256  # of a head
@@ -51,10 +53,12 @@ class Cuda(Device):
     wide_products = True
     product_width = 64  # columns, of tensor cores and of loads of 16 bytes
     captures = True
+    streams = True
     for_vllm = True
     torchao = True
     chunk_bytes = 256 * 2**20
     toolkit = "cuda"
+    _second: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}  # streams of `beside`
     _failed: ClassVar[str] = ""  # why a capture failed that torch's checks had let pass
 
     @classmethod
@@ -136,6 +140,35 @@ class Cuda(Device):
         event = _Event(self.at)
         event.record()
         return there, event
+
+    # -- two things at once -----------------------------------------------------------------------
+
+    @contextmanager
+    def beside(self) -> Generator[None]:
+        """Start on a second stream.
+
+        Its memory needs no `record_stream`: what is freed there is taken again there alone, after
+        the wait that each start begins with, and what it reads is freed after `join`.
+        """
+        import torch
+
+        with torch.cuda.device(self.at):
+            second = self._second_stream()
+            second.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(second):
+                yield
+
+    def join(self) -> None:
+        import torch
+
+        torch.cuda.current_stream(self.at).wait_stream(self._second_stream())
+
+    def _second_stream(self) -> torch.cuda.Stream:
+        import torch
+
+        if self.at not in Cuda._second:
+            Cuda._second[self.at] = torch.cuda.Stream(self.at)
+        return Cuda._second[self.at]
 
     # -- random numbers ---------------------------------------------------------------------------
 
@@ -242,6 +275,13 @@ class Cuda(Device):
             yield
         finally:
             matmul.fp32_precision = before
+
+    def before_deterministic(self) -> None:
+        """Give cuBLAS buffers of a fixed size: with others its sums have another order each time.
+
+        Source: cuBLAS, results reproducibility; torch.use_deterministic_algorithms.
+        """
+        os.environ.setdefault(*CUBLAS_BUFFERS)
 
     def why_no_compile(self) -> str | None:
         found = importlib.util.find_spec("triton") is not None
