@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -260,6 +260,7 @@ class Capturing(Cpu):
     """A CPU that says it captures."""
 
     captures = True
+    compiled_and_captured: ClassVar[dict[str, Any]] = {"as": "graphs"}
 
 
 @pytest.fixture
@@ -289,7 +290,7 @@ def test_compiled_steps_are_tried_as_graphs(
     found = [each.record[name] for name in ("eager_s", "compiled_s", "captured_s")]
     assert found == [1.0, 0.7, after]
     assert objective.captured is (chosen == "captured")
-    as_graphs = {"dynamic": None, "options": {"triton.cudagraphs": True}}
+    as_graphs = {"dynamic": None, "options": {"as": "graphs"}}
     # compiled, then as graphs, and where those are no faster, compiled again
     wanted = [{"dynamic": None}, as_graphs, {"dynamic": None}]
     assert asked == wanted[: 2 if chosen == "captured" else 3]
@@ -338,7 +339,7 @@ def test_a_step_that_cannot_be_captured_stays_compiled(
     monkeypatch.setattr(compiling, "_run_once", run_once)
     if refusal == "torch captures nothing":
         skips = iter(range(10))
-        monkeypatch.setattr(compiling, "captures_refused", lambda: next(skips))
+        monkeypatch.setattr(Capturing, "captures_refused", lambda _: next(skips))
     lines: list[str] = []
     objective = objective_of()
     each = compiling_of(settings(steps=500), objective, lines)
@@ -359,7 +360,7 @@ def test_captured_steps_are_taken_over(asked: list[dict[str, Any]]) -> None:
     each = Compiling(settings(), objective, record, PhaseClock(), print)  # pyright: ignore[reportArgumentType]
     each.begin(lambda: {})
     assert objective.captured
-    assert asked[-1]["options"] == {"triton.cudagraphs": True}
+    assert asked[-1]["options"] == {"as": "graphs"}
     each.end()
 
 

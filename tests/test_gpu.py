@@ -41,7 +41,7 @@ from pipeline.models.load import load_model
 from pipeline.quantization.backend import formats, quantize
 from pipeline.quantization.backend import why_not as why_not_quantize
 from pipeline.tasks.table import Task
-from pipeline.training.compiling import as_compiled, captures_refused
+from pipeline.training.compiling import as_compiled
 from pipeline.training.loop import Hooks, _Loop, train
 from pipeline.training.objective import Objective, Teacher
 from pipeline.training.precision import arithmetic, why_not
@@ -368,12 +368,12 @@ def test_captured_steps_learn_what_compiled_ones_do(tmp_path: Path) -> None:
         loop = _Loop.of(
             objective.model, objective, settings(), PrecisionConfig(), PhaseClock(), hooks()
         )
-        refused = captures_refused()
+        refused = device_of(DEVICE).captures_refused()
         with as_compiled(objective, settings(), captured=captured):
             for _ in range(6):
                 loop.step(batches)
                 losses.append(float(loop.pending[-1].values[0]))
-        assert captures_refused() == refused
+        assert device_of(DEVICE).captures_refused() == refused
         found.append(losses)
     assert found[1] == pytest.approx(found[0], rel=1e-2)
 

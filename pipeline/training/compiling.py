@@ -69,7 +69,7 @@ def as_compiled(
         captured: Have the bodies' kernels captured as graphs, one for each shape.
     """
     grows = _grows(settings)
-    more = {"options": {"triton.cudagraphs": True}} if captured else {}
+    more = {"options": device_of(objective.device).compiled_and_captured} if captured else {}
     bodies = _bodies(objective)
     usual = objective.head_loss
     for body in bodies:
@@ -133,13 +133,6 @@ def fresh() -> CompileRecord:
         "breaks": 0,
         "recompiled": 0,
     }
-
-
-def captures_refused() -> int:
-    """Return how often torch compiled something for capture and then did not capture it."""
-    from torch._dynamo.utils import counters
-
-    return counters["inductor"]["cudagraph_skips"]
 
 
 @dataclass(slots=True)
@@ -296,10 +289,11 @@ class Compiling:
         with device_of(self.objective.device).no_waits():
             why = attempted(lambda: _run_once(self.objective, batch), lambda why: why)
         if why is None:
-            before = captures_refused()
+            own = device_of(self.objective.device)
+            before = own.captures_refused()
             self.end()
             why = self._enter(batch, captured=True)
-            if why is None and captures_refused() > before:
+            if why is None and own.captures_refused() > before:
                 why = "torch captures none of it"
         if why is not None:
             self.say(f"steps go on compiled, without CUDA graphs: {why}")

@@ -90,6 +90,8 @@ class Device(ABC):
     triton: ClassVar[bool] = False  # Triton, and with it torch.compile, makes kernels for it
     wide_products: ClassVar[bool] = False  # torch multiplies 16 bits into an fp32 result
     captures: ClassVar[bool] = False  # `capture` works
+    # options of torch.compile that have compiled code captured; where `captures`
+    compiled_and_captured: ClassVar[dict[str, Any]] = {}
     streams: ClassVar[bool] = False  # what is started `beside` other work runs at the same time
     for_vllm: ClassVar[bool] = False  # vLLM's usual builds, and all its quantized formats, run here
     # products with a dimension that is no multiple of it are slow
@@ -314,6 +316,10 @@ class Device(ABC):
             step()
         prepare()
         return self._captured(step)
+
+    def captures_refused(self) -> int:
+        """Return how often torch compiled something to be captured, and then did not capture it."""
+        return 0
 
     @contextmanager
     def no_waits(self) -> Generator[None]:

@@ -53,6 +53,7 @@ class Cuda(Device):
     wide_products = True
     product_width = 64  # columns, of tensor cores and of loads of 16 bytes
     captures = True
+    compiled_and_captured: ClassVar[dict[str, Any]] = {"triton.cudagraphs": True}
     streams = True
     for_vllm = True
     torchao = True
@@ -295,6 +296,11 @@ class Cuda(Device):
         # streams and captures are of the current device
         with torch.cuda.device(self.at):
             return super().capture(step, prepare)
+
+    def captures_refused(self) -> int:
+        from torch._dynamo.utils import counters
+
+        return counters["inductor"]["cudagraph_skips"]
 
     @contextmanager
     def no_waits(self) -> Generator[None]:
