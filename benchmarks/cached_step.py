@@ -24,21 +24,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from blocks import Block, blocks_of, encoded, free, pace, settings_of
 from distillation_head import ratio
-from distillation_step import SHAPES, WARM_UP, Block, Shape, between, documents, edge_hooks, free
+from distillation_step import SHAPES, Shape, documents
 from results import attempt, save_result
 
 from pipeline.config.settings.precision import Precision, PrecisionConfig
-from pipeline.config.settings.training import Compile, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches
-from pipeline.data.encode import Encoded
 from pipeline.distillation.cache import TeacherCache, shard_name, write_manifest, write_shard
 from pipeline.distillation.losses import Loss
 from pipeline.distillation.sparse import Sampled
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.teaching import IndexedBatches
 from pipeline.tasks.table import Task
-from pipeline.training.loop import train
 from pipeline.training.objective import CachedTeacher, Objective, Teacher
 from pipeline.training.reading import examine
 
@@ -48,13 +46,10 @@ PEAKED = 3.0  # standard deviation of made-up logits: an entropy of about 6 nats
 
 def windows_of(shape: Shape, batch: int) -> PackedBatches:
     """Return the first windows of the documents, packed."""
-    encoded, tokens = list[Encoded](), 0
-    for at, ids in enumerate(documents(shape)):
-        encoded.append(Encoded(ids, np.arange(len(ids)) > 0, 0, None, str(at)))
-        tokens += len(ids)
-        if tokens > max(WINDOWS, batch) * shape.length:
-            break
-    return PackedBatches(encoded, sequence_length=shape.length, batch_size=batch, seed=0)
+    found, wanted = documents(shape), max(WINDOWS, batch) * shape.length
+    read = np.cumsum([len(ids) for ids in found])
+    first = encoded(found[: int(np.searchsorted(read, wanted, side="right")) + 1])
+    return PackedBatches(first, sequence_length=shape.length, batch_size=batch, seed=0)
 
 
 def cached(
@@ -97,7 +92,7 @@ def cached(
     return cache
 
 
-def blocks_of(
+def arm_of(
     arm: str, shape: Shape, device: torch.device, windows: PackedBatches, cache: TeacherCache
 ) -> Block:
     """Return an arm's blocks of steps."""
@@ -109,39 +104,18 @@ def blocks_of(
         "cached": lambda: CachedTeacher(cache, Loss(0.0)),
         "online": lambda: Teacher(teacher, precision, Loss(0.0), examine(teacher, device)),
     }[arm]()
-    read, clock = examine(student, device), PhaseClock()
-    objective = Objective(student, Task.causal_lm, precision, device, clock, taught, read=read)
-    compiled = [student, *([teacher] if arm == "online" else [])] if cuda else []
-    for model in compiled:
-        model.base_model.compile()
-    objective.compiled = cuda
+    objective = Objective(
+        student,
+        Task.causal_lm,
+        precision,
+        device,
+        PhaseClock(),
+        taught,
+        read=examine(student, device),
+    )
     batches: Any = IndexedBatches(windows, cache, 1) if arm == "cached" else windows
-    batch = len(windows.rows(0))
-
-    def block(steps: int) -> tuple[float, int]:
-        edges: list[tuple[float, int]] = []
-        settings = TrainingConfig(
-            steps=WARM_UP + steps,
-            batch_size=batch,
-            sequence_length=shape.length,
-            eval_every=WARM_UP + steps,
-            checkpoint_seconds=1e9,
-            compile=Compile.never,  # compiled above, where it is
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            train(
-                student,
-                batches,
-                objective,
-                settings=settings,
-                precision=PrecisionConfig(name=precision),
-                folder=Path(folder),
-                clock=clock,
-                hooks=edge_hooks(edges, steps, device),
-            )
-        return between(edges)
-
-    return block
+    settings = partial(settings_of, len(windows.rows(0)), shape.length)
+    return blocks_of(objective, batches, PrecisionConfig(name=precision), settings, compiled=cuda)
 
 
 def measure(
@@ -162,24 +136,16 @@ def measure(
         blocks = dict[str, Block]()
         for number in range(rounds):
             for arm in sorted(times, reverse=bool(number % 2)):
-                made = partial(blocks_of, arm, shape, device, windows, cache)
-                pace, why = attempt(partial(_pace, arm, made, blocks, steps))
-                if pace is None:
+                made = partial(arm_of, arm, shape, device, windows, cache)
+                taken, why = attempt(partial(pace, arm, made, blocks, steps))
+                if taken is None:
                     found["not_here"][arm] = why
                     del times[arm]
                     free()
                 else:
-                    times[arm].append(pace)
+                    times[arm].append(taken)
             keep(found | _figures(times))
     return found | _figures(times)
-
-
-def _pace(arm: str, made: Callable[[], Block], blocks: dict[str, Block], steps: int) -> float:
-    """Return an arm's seconds a token over a block of steps."""
-    if arm not in blocks:
-        blocks[arm] = made()
-    taken, tokens = blocks[arm](steps)
-    return taken / tokens
 
 
 def _figures(times: dict[str, list[float]]) -> dict[str, Any]:

@@ -36,12 +36,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from blocks import WARM_UP, Block, blocks_of, encoded, finish, free, pace, settings_of
 from distillation_head import ratio
 from results import attempt, save_result
 from tokenizers import Tokenizer
@@ -58,23 +58,17 @@ from transformers import (
 
 from pipeline.config.settings.distillation import HeadKernel
 from pipeline.config.settings.precision import Precision, PrecisionConfig
-from pipeline.config.settings.training import Compile, TrainingConfig
 from pipeline.data.batches import PackedBatches
-from pipeline.data.encode import Encoded
 from pipeline.distillation.head import Head, Taught
 from pipeline.distillation.kernels import kernel_of, why_not
 from pipeline.distillation.losses import Loss, Sums
 from pipeline.ledger.memory import MemoryMeter
 from pipeline.ledger.phases import PhaseClock
 from pipeline.tasks.table import Task
-from pipeline.training.loop import Hooks, train
 from pipeline.training.objective import Objective, Teacher
 from pipeline.training.reading import examine
 
-WARM_UP = 3  # steps before the clock of a block starts
 DOCUMENTS = 4096
-Block = Callable[[int], tuple[float, int]]
-"""Runs so many steps; returns the seconds of those after the warm-up, and the tokens they read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,53 +167,24 @@ def ours(
     """Return blocks of this project's loop."""
     student, teacher = shape.models(device)
     precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
-    targets = lambda ids: np.arange(len(ids)) > 0
-    encoded = [
-        Encoded(ids, targets(ids), 0, None, str(at)) for at, ids in enumerate(documents(shape))
-    ]
-    batches = PackedBatches(encoded, sequence_length=shape.length, batch_size=batch, seed=0)
+    batches = PackedBatches(
+        encoded(documents(shape)), sequence_length=shape.length, batch_size=batch, seed=0
+    )
     read = [examine(model, device) for model in (student, teacher)]
-    clock = PhaseClock()
     objective = Objective(
         student,
         Task.causal_lm,
         precision,
         device,
-        clock,
+        PhaseClock(),
         Teacher(teacher, precision, Loss(0.0), read[1]),
         read=read[0],
     )
     objective.head_loss = head
-    if compiled:
-        student.base_model.compile()
-        teacher.base_model.compile()
-        objective.compiled = True
-
-    def block(steps: int) -> tuple[float, int]:
-        edges: list[tuple[float, int]] = []
-
-        settings = TrainingConfig(
-            steps=WARM_UP + steps,
-            batch_size=batch,
-            sequence_length=shape.length,
-            eval_every=WARM_UP + steps,
-            checkpoint_seconds=1e9,
-            compile=Compile.never,  # compiled above, where it is
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            train(
-                student,
-                batches,
-                objective,
-                settings=settings,
-                precision=PrecisionConfig(name=precision),
-                folder=Path(folder),
-                clock=clock,
-                hooks=edge_hooks(edges, steps, device),
-            )
-        return between(edges)
-
-    return block
+    settings = partial(settings_of, batch, shape.length)
+    return blocks_of(
+        objective, batches, PrecisionConfig(name=precision), settings, compiled=compiled
+    )
 
 
 def of_trl(shape: Shape, device: torch.device, batch: int | None, **settings: Any) -> Block:
@@ -319,42 +284,6 @@ class Watch(TrainerCallback):
         return end - start
 
 
-def edge_hooks(edges: list[tuple[float, int]], steps: int, device: torch.device) -> Hooks:
-    """Return hooks of a training that does nothing but step, and note time and tokens at the edges
-    of its block.
-    """
-
-    def advance(step: int, tokens: int) -> None:
-        if step in (WARM_UP, WARM_UP + steps):
-            finish(device)
-            edges.append((time.perf_counter(), tokens))
-
-    nothing: Callable[..., None] = lambda *_: None
-    return Hooks(
-        validate=lambda: 0.0,
-        flops=lambda _: (0.0, 0.0),
-        points=nothing,
-        history=lambda _: [],
-        checkpointed=nothing,
-        resumed=nothing,
-        say=nothing,
-        should_stop=lambda: None,
-        advance=advance,
-    )
-
-
-def finish(device: torch.device) -> None:
-    """Wait for what the device was asked to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def between(edges: list[tuple[float, int]]) -> tuple[float, int]:
-    """Return seconds and tokens between the two edges of a block."""
-    (start, before), (end, after) = edges
-    return end - start, after - before
-
-
 def arms_of(shape: Shape, device: torch.device) -> dict[str, list[Callable[[], Block]]]:
     """Return by arm how to make its blocks, one for each batch size to try; what is not installed
     is left out.
@@ -400,15 +329,6 @@ def fastest(candidates: list[Callable[[], Block]], steps: int) -> tuple[Callable
             free()
     best = rates.index(max(rates))
     return candidates[best], best
-
-
-def free() -> None:
-    """Give memory back."""
-    import gc
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def agreement(shape: Shape, device: torch.device) -> float | None:
@@ -518,19 +438,19 @@ def measure(
     found: dict[str, Any] = {"agreement": None, "arms": {}, "not_here": failed}
     for number in range(rounds):
         for arm in sorted(rates, reverse=bool(number % 2)):
-            rate, why = attempt(partial(_rate, arm, chosen[arm][0], blocks, steps))
-            if rate is None:
+            taken, why = attempt(partial(pace, arm, chosen[arm][0], blocks, steps))
+            if taken is None:
                 failed[arm] = why
                 del rates[arm]
             else:
-                rates[arm].append(rate)
+                rates[arm].append(1 / taken)
                 if number == 0:
                     peaks[arm], _ = attempt(
                         partial(peak_bytes, blocks[arm], device)
                         if device.type == "cuda"
                         else partial(peak_elsewhere, name, shape.batches, arm, chosen[arm][1])
                     )
-            if rate is None or not together:
+            if taken is None or not together:
                 blocks.pop(arm, None)
             free()
         found["arms"] = {
@@ -542,14 +462,6 @@ def measure(
     if why is not None:
         failed["agreement"] = why
     return found
-
-
-def _rate(arm: str, made: Callable[[], Block], blocks: dict[str, Block], steps: int) -> float:
-    """Return an arm's tokens a second over a block of steps."""
-    if arm not in blocks:
-        blocks[arm] = made()
-    taken, tokens = blocks[arm](steps)
-    return tokens / taken
 
 
 def figures_of(

@@ -32,7 +32,7 @@ measure products 25 products "${products[@]}" --rounds "$rounds" --save
 measure head_1 60 distillation_head --shapes "$head_1" --rounds "$rounds" --save
 measure head_2 75 distillation_head --shapes "$head_2" --rounds "$rounds" --save
 # A step: what keeps documents apart, eager and compiled; what a new shape costs.
-measure step 120 attention_step --shape "$llama" --rounds "$rounds" --save
+measure step 120 attention ways --shape "$llama" --rounds "$rounds" --save
 # Does the meter read what is known? Which steps are captured?
 measure known_load 60 gpu_known_load "${load[@]}" --only flops spin delays loop
 tests captured 50 "$captured"

@@ -29,8 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from blocks import WARM_UP, Block, between, blocks_of, encoded, finish, free, pace, settings_of
 from distillation_head import ratio
-from distillation_step import WARM_UP, Block, Watch, between, edge_hooks, finish, free
+from distillation_step import Watch
 from nanogpt import GPT, optimizer_of
 from results import attempt, save_result
 from transformers import (
@@ -44,15 +45,13 @@ from transformers import (
 )
 
 from pipeline.config.settings.precision import Precision, PrecisionConfig
-from pipeline.config.settings.training import Compile, TrainingConfig
+from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import PackedBatches
-from pipeline.data.encode import Encoded
 from pipeline.ledger.flops import count_flops
 from pipeline.ledger.peaks import device_name, peak
 from pipeline.ledger.phases import PhaseClock
 from pipeline.stages.precision_choice import choose_precision
 from pipeline.tasks.table import Task
-from pipeline.training.loop import train
 from pipeline.training.objective import Objective
 from pipeline.training.precision import why_not
 from pipeline.training.reading import examine
@@ -126,25 +125,14 @@ DEFAULTS = {"cuda": ("124m", "1.3b"), "cpu": ("small",)}
 
 def batches_of(shape: Shape) -> PackedBatches:
     """Return this project's batches of the documents, one window each."""
-    targets = np.arange(shape.length) > 0
-    encoded = [
-        Encoded(ids.astype(np.int32), targets, 0, None, str(at))
-        for at, ids in enumerate(shape.documents())
-    ]
-    return PackedBatches(encoded, sequence_length=shape.length, batch_size=shape.batch, seed=0)
-
-
-def settings_of(shape: Shape, steps: int) -> TrainingConfig:
-    """Return settings that do nothing but step."""
-    return TrainingConfig(
-        steps=steps,
-        batch_size=shape.batch,
-        sequence_length=shape.length,
-        eval_every=steps,
-        checkpoint_seconds=1e9,
-        learning_rate=1e-4,
-        compile=Compile.never,  # `ours` compiles by itself, where it does
+    return PackedBatches(
+        encoded(shape.documents()), sequence_length=shape.length, batch_size=shape.batch, seed=0
     )
+
+
+def stepping(shape: Shape) -> Callable[[int], TrainingConfig]:
+    """Return settings that do nothing but step, by the number of steps."""
+    return partial(settings_of, shape.batch, shape.length, learning_rate=1e-4)
 
 
 def ours(shape: Shape, device: torch.device, precision: Precision, *, compiled: bool) -> Block:
@@ -154,27 +142,7 @@ def ours(shape: Shape, device: torch.device, precision: Precision, *, compiled: 
         model, Task.causal_lm, precision, device, PhaseClock(), read=examine(model, device)
     )
     config = PrecisionConfig(name=precision, fp8_least_width=shape.fp8_least_width)
-    if compiled:
-        model.base_model.compile()
-        objective.compiled = True
-
-    def block(steps: int) -> tuple[float, int]:
-        edges: list[tuple[float, int]] = []
-
-        with tempfile.TemporaryDirectory() as folder:
-            train(
-                model,
-                batches,
-                objective,
-                settings=settings_of(shape, WARM_UP + steps),
-                precision=config,
-                folder=Path(folder),
-                clock=objective.clock,
-                hooks=edge_hooks(edges, steps, device),
-            )
-        return between(edges)
-
-    return block
+    return blocks_of(objective, batches, config, stepping(shape), compiled=compiled)
 
 
 def of_trainer(shape: Shape, device: torch.device, *, bf16: bool) -> Block:
@@ -272,7 +240,7 @@ def probes(shape: Shape, device: torch.device, count: int) -> list[dict[str, Any
                 model,
                 objective,
                 batches_of(shape),
-                settings_of(shape, 1000),
+                stepping(shape)(1000),
                 config,
                 left_out=[],
                 folder=Path(folder),
@@ -302,13 +270,13 @@ def measure(
     found: dict[str, Any] = {}
     for number in range(rounds):
         for arm in sorted(seconds, reverse=bool(number % 2)):
-            pace, why = attempt(partial(_pace, arm, arms, blocks, steps))
-            if pace is None:
+            taken, why = attempt(partial(pace, arm, arms[arm], blocks, steps))
+            if taken is None:
                 failed[arm] = why or ""
                 del seconds[arm]
             else:
-                seconds[arm].append(pace)
-            if pace is None or not together:
+                seconds[arm].append(taken)
+            if taken is None or not together:
                 blocks.pop(arm, None)
             free()
         found = {
@@ -328,16 +296,6 @@ def measure(
     eager = _fixed_eager(shape, device, rounds, steps) if device.type == "cuda" else seconds
     near = sum(_is_near(each["chosen"], eager) for each in chosen)
     return {**found, "probes": chosen, "near_the_best": near}
-
-
-def _pace(
-    arm: str, arms: dict[str, Callable[[], Block]], blocks: dict[str, Block], steps: int
-) -> float:
-    """Return an arm's seconds a token over a block of steps."""
-    if arm not in blocks:
-        blocks[arm] = arms[arm]()
-    taken, tokens = blocks[arm](steps)
-    return taken / tokens
 
 
 def _fixed_eager(

@@ -39,12 +39,16 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str | None]:
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "hydra-core", "mlflow")
 
 
-def save_result(script: str, figures: dict[str, Any], log: str) -> Path:
-    """Write `results/<script>-<device>-<date>.json` and `.log`; return the JSON's path."""
+def save_result(script: str, figures: dict[str, Any], log: str, *, part: str = "") -> Path:
+    """Write `results/<script>-<device>-<date>.json` and `.log`; return the JSON's path.
+
+    Args:
+        part: Of what the script measures, where it has several: `<script>-<part>-...`.
+    """
     device = describe_device()
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     name = re.sub(r"[^a-z0-9]+", "-", device["short"].lower()).strip("-")
-    path = RESULTS / f"{script}-{name}-{date}.json"
+    path = RESULTS / f"{'-'.join(filter(None, (script, part, name, date)))}.json"
     RESULTS.mkdir(parents=True, exist_ok=True)
     content = {
         "script": script,

@@ -5,6 +5,7 @@ overruns ends nothing else, what was measured lies there, and all that they impo
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -20,9 +21,13 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import attention
+import blocks
 import distillation_head
 import results
 from nanogpt import GPT, optimizer_of
+
+from pipeline.config.settings.precision import Precision
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -287,8 +292,39 @@ def test_a_result_is_saved_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(results, "RESULTS", tmp_path / "a/b")
     monkeypatch.setenv("BENCHMARK_COMMIT", "abc")
     path = results.save_result("products", {}, "log")
+    apart = results.save_result("products", {}, "log", part="some")
+    assert apart.name == path.name.replace("products-", "products-some-")
     assert '"commit": "abc"' in path.read_text()
     assert '"dirty": null' in path.read_text()
+
+
+def test_attentions_figures_are_named_as_those_that_were_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "TOKENS", 64)
+    monkeypatch.setattr(attention, "_peak_elsewhere", lambda *_: 2**20)
+    found = attention.compared(32, Precision.fp32, torch.device("cpu"), 1, 1)
+    saved = json.loads(max(BENCHMARKS.glob("results/attention-cpu-*.json")).read_text())
+    assert list(found) == list(saved["figures"]["arms"][0])
+    assert found["documents"] > 2  # more than one a row
+    assert "memory of a step 1 against 1 MiB" in attention.in_words(found)
+
+
+def test_a_block_is_made_once_and_counts_what_follows_its_warm_up() -> None:
+    made = list[str]()
+
+    def make() -> blocks.Block:
+        made.append("block")
+        return lambda steps: (2.0 * steps, 8 * steps)
+
+    kept = dict[str, blocks.Block]()
+    assert [blocks.pace("ours", make, kept, steps) for steps in (1, 2)] == [0.25, 0.25]
+    assert made == ["block"]
+    edges: list[tuple[float, int]] = []
+    hooks = blocks.edge_hooks(edges, 2, torch.device("cpu"))
+    for step in range(1, blocks.WARM_UP + 3):
+        hooks.advance(step, 10 * step)
+    assert blocks.between(edges)[1] == 20  # tokens of two steps
 
 
 def test_the_peer_is_gpt2s_shape_and_reads_nothing_ahead() -> None:
