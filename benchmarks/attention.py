@@ -1,17 +1,17 @@
 """A training step of packed documents by what its attention is told, in turns.
 
-    python benchmarks/attention.py [mask] [--device cpu] [--rounds 5] [--steps 2] [--save]
-    python benchmarks/attention.py ways [--device cuda] [--shape 124m] [--rounds 20] [--save]
+    python benchmarks/attention.py [--device cpu] [--rounds 5] [--steps 2] [--save]
+    python benchmarks/attention.py --ways [--device cuda] [--shape 124m] [--rounds 20] [--save]
 
 All arms are this project's own step (forward pass, fused head, backward pass) on documents of a few
 hundred tokens. What differs is what keeps them apart: `lengths`, or the (B, 1, T, T) `mask` that
 transformers' models take.
 
-`mask` compares the two on a small model, in fp32 and bf16: time, the ratio taken round by round,
+The two are compared on a small model, in fp32 and bf16: time, the ratio taken round by round,
 and memory: the highest a process of its own held in a step above what it held before. The losses of
 both are compared before anything is timed.
 
-`ways` takes each eager and compiled, and `causal` beside them, one document a row, which needs
+`--ways` takes each eager and compiled, and `causal` beside them, one document a row, which needs
 neither; in bf16 on a CUDA device, fp32 on a CPU. `new_shape` is the first step at another length,
 with the one after it: the difference is what kernels and compilers do once for each shape.
 """
@@ -46,7 +46,7 @@ from pipeline.training.objective import Objective
 from pipeline.training.reading import Apart, Examined, examine
 
 DOCUMENT = 200  # tokens in the mean, as texts of a few paragraphs have
-TOKENS = 4096  # of a micro-batch, in `mask`
+TOKENS = 4096  # of a micro-batch of the small model
 LENGTHS = (512, 1024)
 BOTH = ("lengths", "mask")
 SHARE = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -55,7 +55,6 @@ PARTS = (1.0, 0.5, 0.5625)
 WAYS = tuple(
     (apart, compiled) for compiled in (False, True) for apart in ("lengths", "causal", "mask")
 )
-ROUNDS = {"mask": 5, "ways": 20}
 
 
 class Step:
@@ -316,11 +315,11 @@ def all_ways(args: argparse.Namespace, device: torch.device) -> None:
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", nargs="?", choices=ROUNDS, default="mask")
+    parser.add_argument("--ways", action="store_true", help="eager and compiled, and one a row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, help="5 of `mask`, 20 of `ways`")
-    parser.add_argument("--steps", type=int, default=2, help="of a round of `mask`")
-    parser.add_argument("--shape", choices=SHAPES, help="of `ways`")
+    parser.add_argument("--rounds", type=int, help="default: 5; of the ways 20")
+    parser.add_argument("--steps", type=int, default=2, help="of a round; of the ways 1")
+    parser.add_argument("--shape", choices=SHAPES, help="of the ways")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -329,8 +328,8 @@ def main() -> None:
         arm, length, precision = args.peak
         print(json.dumps(peak_bytes(arm, int(length), Precision(precision), device)))
         return
-    args.rounds = args.rounds or ROUNDS[args.what]
-    {"mask": against_mask, "ways": all_ways}[args.what](args, device)
+    args.rounds = args.rounds or (20 if args.ways else 5)
+    (all_ways if args.ways else against_mask)(args, device)
 
 
 if __name__ == "__main__":

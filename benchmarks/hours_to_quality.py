@@ -3,6 +3,7 @@ All is charged.
 
     python benchmarks/hours_to_quality.py [--size cpu] [--seeds 0 1 2] [--parts] [--save]
     python benchmarks/hours_to_quality.py --size h200 --device cuda --save
+    python benchmarks/hours_to_quality.py --size minutes --seeds 0 --save    # on a GPU
 
 All systems train one model from the same first weights on the same windows of the interpreter's
 library source (small: at `h200` its 60 M tokens are some twenty epochs), with as many windows a
@@ -27,8 +28,11 @@ On a CPU that others use too, elapsed time says little. Beside it then stands wh
 saved had every run had the processor to itself (device-hours times the share of it that the process
 had): to judge the disturbance by, and no device-hours.
 
+`minutes` is `h200` of an eighth of the steps, few lengths, and nothing compiled, which so few would
+not earn back: how the systems stand to one another there is no figure of the full length.
+
 What is finished stays in `--work` by what it depends on, and is not run again; one that was
-interrupted goes on.
+interrupted goes on. With `--save`, what there is is saved after each run.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +92,20 @@ SIZES = {
         compile=True,
         eval_bytes=8192,
     ),
+    "minutes": Size(
+        width=512,
+        layers=8,
+        wide=1536,
+        vocabulary=4096,
+        length=512,
+        batch=64,
+        steps=240,
+        rate=2e-3,
+        shares=(0.5, 0.75, 1.0),
+        recipe="ours+short+stack",
+        compile=False,
+        eval_bytes=4096,
+    ),
     "check": Size(
         width=64,
         layers=2,
@@ -105,6 +123,7 @@ SIZES = {
         threads=1,
     ),
 }
+ON_GPU = ("h200", "minutes")
 
 
 # -- ladders --------------------------------------------------------------------------------------
@@ -125,10 +144,14 @@ def undisturbed(found: dict[str, Any], threads: int) -> dict[str, Any]:
 
 
 def shorten(
-    bench: Bench, systems: Sequence[str], seed: int, margin: float
+    bench: Bench,
+    systems: Sequence[str],
+    seed: int,
+    margin: float,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, dict[float, dict[str, Any]]]:
     """Run every system from the full length down, in turn, each until its loosest target is out of
-    reach.
+    reach; `keep` is given each result as it comes.
     """
     shares = bench.size.shares
     found: dict[str, dict[float, dict[str, Any]]] = {system: {} for system in systems}
@@ -141,6 +164,7 @@ def shorten(
             unit = Unit(system, seed, fraction, round(fraction * bench.size.steps))
             found[system][fraction] = each = result_of(bench, unit)
             print(said(each), flush=True)
+            keep(each)
     return found
 
 
@@ -300,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not system.startswith("trainer"):
             parts_of(system)
     bench = Bench(
-        size, args.device or ("cuda" if args.size == "h200" else "cpu"), args.work.resolve()
+        size, args.device or ("cuda" if args.size in ON_GPU else "cpu"), args.work.resolve()
     )
     report(bench, systems, args.seeds, args.margin, parts=args.parts, save=args.save)
 
@@ -319,27 +343,33 @@ def report(
     (bench.work / "base").mkdir(exist_ok=True)
     warm_up(bench, systems, seeds[0])
     chosen = measure_parts(bench, PART_SEEDS) if parts else {}
-    by_seed = {seed: shorten(bench, systems, seed, margin) for seed in seeds}
+    units = list[dict[str, Any]]()
+
+    def figures(comparisons: list[Any], alone: list[Any], lines: str = "") -> dict[str, Any]:
+        found = {
+            "size": asdict(bench.size),
+            "margin": margin,
+            "systems": list(systems),
+            "comparisons": comparisons,
+            "undisturbed": alone,
+            "units": units,
+            "parts": chosen,
+        }
+        if save:
+            everything = [*(each for runs in chosen.values() for each in runs), *units]
+            save_result("hours_to_quality", found, "\n".join([*map(said, everything), lines]))
+        return found
+
+    def keep(each: dict[str, Any]) -> None:
+        units.append(each)
+        figures([], [])  # a run that is cut short leaves what it has
+
+    by_seed = {seed: shorten(bench, systems, seed, margin, keep) for seed in seeds}
     comparisons = compare_all(by_seed, systems, bench.size.shares, margin)
     alone = without_others(bench, by_seed, systems, margin)
     lines = table(systems, by_seed, comparisons, alone)
     print(lines, flush=True)
-    units = [
-        each for shares in by_seed.values() for runs in shares.values() for each in runs.values()
-    ]
-    figures = {
-        "size": asdict(bench.size),
-        "margin": margin,
-        "systems": list(systems),
-        "comparisons": comparisons,
-        "undisturbed": alone,
-        "units": units,
-        "parts": chosen,
-    }
-    if save:
-        everything = [*(each for runs in chosen.values() for each in runs), *units]
-        save_result("hours_to_quality", figures, "\n".join([*map(said, everything), lines]))
-    return figures
+    return figures(comparisons, alone, lines)
 
 
 def warm_up(bench: Bench, systems: Sequence[str], seed: int) -> None:

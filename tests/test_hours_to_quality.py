@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import hours_to_quality as script
 import quality_units
 from hours_to_quality import SIZES, VARIANTS
 from planned_runs import Planned, compare, first_held, over_seeds, settled, target
-from quality_units import PARTS, charged, parts_of, settings_of
+from quality_units import PARTS, Bench, Unit, charged, parts_of, settings_of
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -244,6 +245,30 @@ def test_hours_without_others_are_the_share_of_the_processor_that_a_run_had() ->
 def test_systems_that_are_none_are_refused(system: str) -> None:
     with pytest.raises(ValueError, match=r"give trainer|exclude"):
         parts_of(system)
+
+
+def test_what_is_cut_short_leaves_the_runs_that_it_finished(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All systems at full length come first."""
+    saved = list[list[tuple[str, float]]]()
+
+    def result_of(_: Bench, unit: Unit) -> dict[str, Any]:
+        if unit.fraction < 1:
+            raise KeyboardInterrupt
+        figures = {"work_h": 1.0, "retry_h": 0.0, "evaluation_h": 0.1, "flops": 1e12}
+        return {**asdict(unit), **figures, "tokens": 8, "metric": 2.0, "load": 1.0, "phases_s": {}}
+
+    def save_result(_: str, figures: dict[str, Any], log: str) -> None:
+        saved.append([(each["system"], each["fraction"]) for each in figures["units"]])
+
+    monkeypatch.setattr(script, "result_of", result_of)
+    monkeypatch.setattr(script, "save_result", save_result)
+    monkeypatch.setattr(script, "warm_up", lambda *_: None)
+    bench = Bench(SIZES["minutes"], "cpu", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        script.report(bench, ["trainer", "ours"], [0], 0.01, parts=False, save=True)
+    assert saved == [[("trainer", 1.0)], [("trainer", 1.0), ("ours", 1.0)]]
 
 
 def test_sizes_and_variants_are_whole() -> None:

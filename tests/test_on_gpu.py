@@ -102,6 +102,7 @@ def test_the_steps_come_in_order_and_name_options_that_scripts_have(args: list[s
     listed = [shlex.split(line) for line in ran("--list", *args).stdout.splitlines()]
     names = [each[0] for each in listed]
     assert names[:5] == ["kernels", "precisions", "products", "head_1", "head_2"]
+    assert {"step", "decode_ways", "cached", "hours"} < {*names}
     assert names.index("captured") < names.index("captured_int8") < names.index("training")
     for _, weight, *command in listed:
         assert int(weight) > 0
@@ -352,6 +353,6 @@ def test_the_peer_is_gpt2s_shape_and_reads_nothing_ahead() -> None:
 def test_real_steps_run_at_the_tiniest_size(tmp_path: Path) -> None:
     done = ran(
         *("--device", "cpu", "--tiny", "--minutes", "8", "--folder", str(tmp_path)),
-        *("--only", "kernels products known_load training cached decode"),
+        *("--only", "kernels products known_load decode_ways training cached decode hours"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
