@@ -10,7 +10,8 @@ import time
 from typing import Any, NoReturn, TextIO
 
 # before any import that costs something: start-up is part of the bill
-STARTED_NS = time.monotonic_ns()
+# a rank began when the command did that started it; what it starts begins by itself
+STARTED_NS = int(os.environ.pop("PIPELINE_STARTED_NS", "") or time.monotonic_ns())
 # as in `errors.Exit`, which is not imported yet when they are needed
 PREEMPTED, INTERRUPTED = 75, 130
 
@@ -48,9 +49,14 @@ class Output:
 def run(argv: list[str]) -> int:
     """Run one command line; return its exit code, also where it is stopped while it starts."""
     from pipeline.cli.commands import COMMANDS, run_command
+    from pipeline.cli.ranks import is_silent
 
     if argv and argv[0] in COMMANDS:
         return run_command(argv, started_ns=STARTED_NS)
+    if is_silent():  # one of several speaks
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
     from pipeline.runs.signals import StoppedEarly, as_the_stop, ignore_all, listen_early
 
     listen_early()

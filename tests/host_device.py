@@ -179,10 +179,10 @@ def lose_in_step(number: int) -> None:
     """Lose the device in the middle of a training step, counted over all of the process."""
     step, seen = loop._Loop._backward, [0]
 
-    def losing(self: Any, *args: Any) -> None:
+    def losing(self: Any, *args: Any, **more: Any) -> None:
         seen[0] += 1
         HostOne.lost = seen[0] >= number
-        step(self, *args)
+        step(self, *args, **more)
 
     loop._Loop._backward = losing  # type: ignore[method-assign]
 

@@ -13,6 +13,7 @@ from make_assess_models import tiny
 from test_training_loop import CPU, run, same, settings, weights
 
 from pipeline.config.settings.model import TinyShape
+from pipeline.config.settings.parallel import Parallel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.run import Run
 from pipeline.config.settings.training import OptimizerKind, TrainingConfig
@@ -193,12 +194,13 @@ def refused(stage: Any, monkeypatch: pytest.MonkeyPatch | None = None, **trainin
 def test_8_bits_over_several_devices_and_without_their_library_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    said = refused(TrainStage(), optimizer=BITSANDBYTES)
-    assert said.startswith(
-        "stages.student.optimizer: the moments of adamw_8bit_bitsandbytes cannot be sharded"
-    )
-    monkeypatch.delenv("WORLD_SIZE")
+    run = Run(training=TrainingConfig(optimizer=BITSANDBYTES))
+    run.stages = {"student": TrainStage()}
+    run.parallel.mode = Parallel.fsdp
+    with pytest.raises(UserError, match=r"moments of adamw_8bit_bitsandbytes are not shared"):
+        check_training(TrainStage(), "stages.student", run)
+    run.parallel.mode = Parallel.ddp
+    check_training(TrainStage(), "stages.student", run)
     monkeypatch.setattr("pipeline.stages.settings.find_spec", lambda name: None)
     assert "adamw_8bit_torchao needs torchao, which is not installed" in refused(
         TrainStage(), optimizer=TORCHAO

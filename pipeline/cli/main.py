@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,8 @@ def main(argv: list[str], *, started_ns: int, execute: Execute | None = None) ->
         rest = [*flags, *settings]  # where Hydra's parser wants them
         command = shown_command(rest, folders["--recipe-dir"], folders["--config-dir"])
         _tell_hydra(_asked_for(rest, recipes), choices)
-        return _compose_and_run(
-            rest, recipes, started_ns, debug, command=command, execute=execute or _execute
-        )
+        execute = execute or partial(_execute, argv=argv)
+        return _compose_and_run(rest, recipes, started_ns, debug, command=command, execute=execute)
     except UserError as error:
         heed(error)
         code = _refuse(error, debug)
@@ -537,10 +536,30 @@ def _typed(
     return run
 
 
-def _execute(run: Any, command: str, started_ns: int, deliveries: Deliveries) -> int:
+def _execute(
+    run: Any, command: str, started_ns: int, deliveries: Deliveries, *, argv: Sequence[str]
+) -> int:
+    from pipeline.cli.ranks import ranks_to_start, start_ranks
     from pipeline.runs.loop import execute
 
+    count = ranks_to_start(run)
+    if count > 1:
+        return start_ranks(count, _of_this_job(argv), started_ns)
     return execute(run, command=command, started_ns=started_ns, deliveries=deliveries)
+
+
+def _of_this_job(argv: Sequence[str]) -> list[str]:
+    """Return the arguments by which another process runs this job: of a multirun, this one
+    alone.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return list(argv)
+    folders, rest = _take_folders(list(argv))
+    named = [f"{flag}={folder}" for flag, each in folders.items() for folder in each]
+    debug = ["--debug"] if "--debug" in rest else []
+    return [*named, *debug, *HydraConfig.get().overrides.task]
 
 
 def shown_command(

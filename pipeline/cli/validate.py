@@ -14,12 +14,13 @@ from pipeline.config.arms import BASE, BEST_16_BIT, RESERVED
 from pipeline.config.owner import OWNER, check_owner
 from pipeline.config.redaction import has_login
 from pipeline.config.settings.data import DataConfig
+from pipeline.config.settings.hardware import ALL
 from pipeline.config.settings.model import StudentConfig
 from pipeline.config.settings.ranges import MAX_SEED, check_ranges
 from pipeline.config.settings.run import Run, scored_length
 from pipeline.config.text_files import why_no_file
 from pipeline.data.mappings import mapping, split_names
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.evaluation.quality.tasks import check_tasks
 from pipeline.evaluation.serving.engine import read_results
 from pipeline.gate.checks import check_gate
@@ -271,6 +272,12 @@ def _check_rest(run: Run) -> None:
     check_owner(
         {name: getattr(run.tracking, name) for name in OWNER}, required=run.tracking.require_owner
     )
+    devices = run.hardware.devices
+    if devices != ALL and (
+        isinstance(devices, bool) or not isinstance(devices, int) or devices < 1
+    ):
+        problem = f"{one_line(devices, 40)!r} is no number of devices"
+        raise UserError("hardware.devices", problem, f"give 1, 2, ..., or {ALL}")
     if not is_device(run.hardware.device):
         raise UserError(
             "hardware.device",

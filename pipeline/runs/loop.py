@@ -23,9 +23,11 @@ from pipeline.gate.checks import is_gate
 from pipeline.ledger.journal import heartbeat
 from pipeline.ledger.phases import PhaseClock
 from pipeline.report.github import refusals_reported
+from pipeline.runs.following import follow, joined
 from pipeline.runs.opening import open_run
 from pipeline.runs.signals import is_listened_to, noted, on_stop_signal
 from pipeline.store.artifacts import disk_full, says_full
+from pipeline.training.ranks import Ranks
 
 
 def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callable[[], str]]) -> int:
@@ -45,6 +47,21 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
         written.
     """
     clock = PhaseClock()
+    with joined(run, clock) as ranks:
+        if not ranks.is_first:
+            return follow(run, ranks, clock)
+        return _lead(run, ranks, clock, command, started_ns, deliveries)
+
+
+def _lead(
+    run: Run,
+    ranks: Ranks,
+    clock: PhaseClock,
+    command: str,
+    started_ns: int,
+    deliveries: list[Callable[[], str]],
+) -> int:
+    """Run a recipe as the first, or the only, rank."""
     # Here, not at the top of the file: imports of torch and transformers take seconds, which belong
     # to the run.
     with clock.phase("import"):
@@ -53,7 +70,7 @@ def execute(run: Run, *, command: str, started_ns: int, deliveries: list[Callabl
         from pipeline.runs.gate_ending import exit_code, hold_gate
         from pipeline.runs.runner import StageRunner
     with refusals_reported(is_gate(run)):
-        running = open_run(run, clock, command=command, started_ns=started_ns)
+        running = open_run(run, clock, command=command, started_ns=started_ns, ranks=ranks)
     timeline, gate = running.timeline, running.session.gate
     # What the result says unless something below says better.
     status, why = "FAILED", "crashed"

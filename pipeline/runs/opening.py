@@ -63,14 +63,20 @@ from pipeline.stages.settings import is_deterministic
 from pipeline.store.artifacts import Store, plain, reserve_room, write_json
 from pipeline.tracking.deliver import declared_uri
 from pipeline.tracking.writer import start_writer
+from pipeline.training.ranks import ALONE, Ranks
 
 LOCK_S = 1.0  # a delivery to MLflow holds a run's lock for a moment
 FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
 
 
-def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> Running:
+def open_run(
+    run: Run, clock: PhaseClock, *, command: str, started_ns: int, ranks: Ranks = ALONE
+) -> Running:
     """Prepare everything a run needs, refusing what the device or the data cannot do before
     anything is written.
+
+    Args:
+        ranks: The processes that share the run; this is the first.
 
     Raises:
         UserError: Naming the setting.
@@ -117,7 +123,7 @@ def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> R
     with _or_nothing(folder, number, lock):
         sampler = Sampler(device_of(device).reader(), interval_s=run.ledger.sample_seconds)
         sampler.start()
-        granted, placed = _placement(device, sampler, notes)
+        granted, placed = _placement(device, _devices(device, ranks), sampler, notes)
         session = Session(
             run=run,
             run_id=folder.name,
@@ -134,6 +140,8 @@ def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> R
             identity=_identity(run, folder, config, data),
             placement=placed,
             grant=granted,
+            devices=_devices(device, ranks),
+            ranks=ranks,
             engine=engine,
             gate=gate,
         )
@@ -147,6 +155,11 @@ def open_run(run: Run, clock: PhaseClock, *, command: str, started_ns: int) -> R
     for note in notes:
         print(f"note: {note}", flush=True)
     return _delivered(running) if run.tracking.mlflow else running
+
+
+def _devices(device: Any, ranks: Ranks) -> int:
+    """Return how many devices a run is attached to: a host is one, however many ranks share it."""
+    return ranks.hosts if device.type == "cpu" else ranks.size
 
 
 def _demonstration(run: Run, data: Dataset) -> list[str]:
@@ -217,9 +230,10 @@ def _open_device(run: Run, clock: PhaseClock) -> Any:
     return device
 
 
-def _placement(device: Any, sampler: Sampler, notes: list[str]) -> tuple[Grant | None, Placement]:
+def _placement(
+    device: Any, devices: int, sampler: Sampler, notes: list[str]
+) -> tuple[Grant | None, Placement]:
     """Return what a scheduler gave this job, and where it stands; what cannot be read is noted."""
-    devices = 1  # that one process drives
 
     def unread(what: str, why: str) -> None:
         notes.append(unmeasured(what, why))

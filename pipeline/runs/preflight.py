@@ -4,7 +4,6 @@ and load fit.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +16,16 @@ from pipeline.config.settings.serving import Decode
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.tasks import Asked, check_lengths
+from pipeline.ledger.devices.device import Device
 from pipeline.ledger.devices.table import device_of, open_device
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.heads import refuse_other_head
 from pipeline.runs.base_model import base_artifact, is_remade
 from pipeline.stages.base import BeforeRun, stages_of
 from pipeline.stages.settings import student_source
 from pipeline.store.artifacts import Store
+from pipeline.training.ranks import Place, place_in
 
 SAMPLE = 64  # documents whose tokens are looked at; training and assessment look at all of theirs
 SAMPLE_BYTES = 4096  # of each
@@ -35,21 +37,33 @@ def choose_device(run: Run) -> Any:
     Raises:
         UserError: If there is no such device, or not as many as asked for.
     """
-    wanted = run.hardware.device
+    wanted, place = run.hardware.device, place_in()
     device = open_device(wanted)
     if device is None:
         raise UserError("hardware.device", f"there is no {wanted} here", "give auto or cpu")
-    have = device.count()
-    if run.hardware.devices > have:
-        raise UserError(
-            "hardware.devices", f"{run.hardware.devices} asked for, {have} there", f"give {have}"
-        )
-    if run.hardware.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "hardware.devices", "one process drives one device in this release", "give 1"
-        )
+    if place is not None and device.numbered:
+        device = _of_rank(wanted, device, place)
     device.make_current()
     return device.at
+
+
+def _of_rank(wanted: str, device: Device, place: Place) -> Device:
+    """Return the device of a rank: of those that its host has, the one of its number there.
+
+    Raises:
+        UserError: If one is named for all, or there are too few.
+    """
+    kind, _, number = wanted.partition(":")
+    if number:
+        problem = f"{wanted} is one device, and {place.on_host} ranks are on this host"
+        raise UserError("hardware.device", problem, f"give {kind}")
+    have = device.count()
+    if place.on_host > have:
+        problem = f"{place.on_host} ranks on this host, {how_many(have, 'device')} there"
+        raise UserError("hardware.devices", problem, f"give {have}")
+    found = open_device(f"{device.kind}:{place.local}")
+    assert found is not None
+    return found
 
 
 def check_decode(run: Run, device: Any) -> None:

@@ -21,6 +21,7 @@ from pipeline.report.progress import progress_bar
 from pipeline.runs.assessor import Assessor
 from pipeline.runs.base_model import base_artifact
 from pipeline.runs.book import Arm
+from pipeline.runs.following import share_of
 from pipeline.runs.keys import stage_key
 from pipeline.runs.out_of_memory import failing_as
 from pipeline.runs.resume import from_checkpoint
@@ -39,6 +40,7 @@ from pipeline.stages.base import (
 )
 from pipeline.stages.context import Context, Output
 from pipeline.store.artifacts import MODEL, Artifact, DiskFull, plain
+from pipeline.training.ranks import ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,8 @@ class StageRunner:
         with session.store.scratch() as out:
             context = self._context(name, stage, key, window, out)
             with failing_as(self.running, name, "work", stage):
+                if context.ranks.several:
+                    context.ranks.told(share_of(name, stage, inputs, context))
                 output = stage.run(inputs, context)
             book.notes += output.notes
             with session.clock.phase("checkpoint"):
@@ -287,6 +291,7 @@ class StageRunner:
             should_stop=timeline.should_stop,
             progress=progress_bar,
             say=self.running.book.notes.append,
+            ranks=session.ranks if stage.is_split(session.run) else ALONE,
             traces=session.folder / "traces" / f"{file_name(name)}-seed{self.seed}",
         )
 

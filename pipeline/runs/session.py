@@ -20,6 +20,7 @@ from pipeline.ledger.placement import Grant
 from pipeline.ledger.shapes import Identity, Placement
 from pipeline.stages.base import Stage, stages_of
 from pipeline.store.artifacts import Store
+from pipeline.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,8 @@ class Session:
         identity: Whose run this is and what it was made from; on every row.
         placement: Where it stands; on every row.
         grant: What a scheduler gave this job.
-        devices: How many this process is attached to.
+        devices: How many this run is attached to.
+        ranks: The processes that share it; this is the first.
         engine: By arm, what `serving.results` declares.
         gate: Of a release check.
     """
@@ -55,6 +57,7 @@ class Session:
     placement: Placement
     grant: Grant | None
     devices: int = 1
+    ranks: Ranks = ALONE
     engine: dict[str, EngineResult] = field(default_factory=dict)
     gate: Gate | None = None
     memory: MemoryMeter = field(default_factory=MemoryMeter)

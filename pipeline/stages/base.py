@@ -214,6 +214,10 @@ class Stage(ABC):
         """Return whether it takes optimizer steps."""
         return False
 
+    def is_split(self, run: Run) -> bool:
+        """Return whether all ranks of a run do it together; else the first one does it alone."""
+        return False
+
     def batches_like(self, run: Run) -> TrainingConfig | None:
         """Return the training settings by which it reads batches of train, or None."""
         return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.ledger.shapes import About, HistoryEntry, OutputRecord, StageTimeline
 from pipeline.ledger.values import Value
+from pipeline.training.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -102,4 +103,5 @@ class Context:
     should_stop: Callable[[], type[Exception] | None]  # asked between steps
     progress: Callable[..., Any]  # progress bar: (description, total, unit) -> context manager
     say: Callable[[str], None]
+    ranks: Ranks = ALONE  # that do the stage together; each is given a context of its own
     traces: Path | None = None  # where traces of sampled steps go; None: no step is traced

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from pipeline.config.arms import BASE, STUDENT_INIT
 from pipeline.config.settings.distillation import Divergence, HeadKernel
+from pipeline.config.settings.parallel import Parallel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
 from pipeline.config.settings.run import Run
@@ -32,6 +33,7 @@ from pipeline.stages.settings import (
     student_source,
     training_settings,
 )
+from pipeline.training.ranks import place_in
 
 if TYPE_CHECKING:
     from pipeline.store.artifacts import Artifact
@@ -137,6 +139,10 @@ class DistillSettings(TrainingOverrides):
         from pipeline.distillation.kernels import why_not
 
         TrainingOverrides.refuse_device(self, key, run, device)
+        sharded = run.parallel.mode in (Parallel.fsdp, Parallel.hsdp) and place_in() is not None
+        if sharded and self.on_policy:
+            problem = f"a student that is shared out ({run.parallel.mode.value}) writes nothing"
+            raise UserError(f"{key}.on_policy", problem, "give parallel.mode=ddp")
         reason = why_not(self.head, device)
         if reason is not None:
             raise UserError(f"{key}.head", reason, "leave it auto")
@@ -185,6 +191,10 @@ class DistillSettings(TrainingOverrides):
         if run.student.path is None and not is_base_shaped(student_source(run), run):
             return None
         return layer_count(student_config(run.student, known.base, run.task))
+
+    def is_split(self, run: Run) -> bool:
+        """Return whether there are steps to share."""
+        return self.trains(run)
 
     def check(self, key: str, run: Run) -> None:
         """Refuse what this stage cannot do, before any device is touched.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Optional
 
 from pipeline.config.arms import BASE, STUDENT_INIT
+from pipeline.config.settings.parallel import Parallel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
 from pipeline.config.settings.run import Run
@@ -23,6 +23,7 @@ from pipeline.config.settings.training import (
     TrainingConfig,
 )
 from pipeline.errors import UserError
+from pipeline.ledger.numbers import how_many
 from pipeline.stages.base import (
     LIKE,
     MODEL,
@@ -36,6 +37,7 @@ from pipeline.stages.base import (
     stages_of,
 )
 from pipeline.store.artifacts import plain
+from pipeline.training.ranks import place_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,7 +144,10 @@ class TrainingOverrides(Stage):
         """Refuse a precision, an attention or a compiler that this device does not have."""
         Stage.refuse_device(self, key, run, device)
         if not self.optional and self.trains(run):
-            _check_device(self, key.removeprefix("stages."), run, device)
+            name, place = key.removeprefix("stages."), place_in()
+            _check_device(self, name, run, device)
+            if place is not None:
+                _check_ranks(self, name, run, place.size)
 
     def key_settings(self, run: Run, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
         """Return its own settings, those it inherits, and what the student's weights are."""
@@ -202,6 +207,35 @@ class TrainingOverrides(Stage):
     def memory_remedy(self, name: str, run: Run) -> str:
         """Return smaller micro-batches, else shorter windows."""
         return smaller_batches(self, name, run)
+
+
+def _check_ranks(stage: TrainingOverrides, name: str, run: Run, ranks: int) -> None:
+    """Refuse training settings that this many ranks cannot share.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    settings, precision = training_settings(stage, run), training_precision(stage, run)
+    batch = settings.start_batch_size or settings.batch_size
+    rows = batch // settings.gradient_accumulation
+    if rows < ranks:
+        setting = "batch_size" if settings.start_batch_size is None else "start_batch_size"
+        problem = f"{how_many(rows, 'sequence')} of a micro-batch do not reach {ranks} ranks"
+        least = ranks * settings.gradient_accumulation
+        raise UserError(deciding(stage, name, run, setting), problem, f"give {least} or more")
+    if precision is Precision.auto:
+        key = precision_in_force(stage, f"stages.{name}", run).setting
+        problem = f"auto times steps, and {ranks} ranks might choose differently"
+        raise UserError(key, problem, "name a precision")
+    if run.parallel.mode not in (Parallel.fsdp, Parallel.hsdp):
+        return
+    mode = run.parallel.mode.value
+    if precision is Precision.fp16:
+        problem = f"{mode} scales no losses: whether one overflowed, a rank alone would know"
+        raise UserError("parallel.mode", problem, "give ddp, or precision=bf16")
+    if settings.compile is Compile.always:
+        key = deciding(stage, name, run, "compile")
+        raise UserError(key, f"always: {mode} gathers weights where a graph cannot", "give auto")
 
 
 def _check_device(stage: TrainingOverrides, name: str, run: Run, device: Any) -> None:
@@ -457,9 +491,9 @@ def _check_optimizer(settings: TrainingConfig, key: str, run: Run) -> None:
     if find_spec(library) is None:
         problem = f"{kind.value} needs {library}, which is not installed"
         raise UserError(f"{key}.optimizer", problem, "pip install -e '.[quant]'")
-    if run.hardware.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problem = f"the moments of {kind.value} cannot be sharded over devices (FSDP2)"
-        raise UserError(f"{key}.optimizer", problem, "give adamw, or one device")
+    if run.parallel.mode in (Parallel.fsdp, Parallel.hsdp):
+        problem = f"the moments of {kind.value} are not shared among ranks"
+        raise UserError(f"{key}.optimizer", problem, "give adamw, or parallel.mode=ddp")
 
 
 def _check_growth(settings: TrainingConfig, key: str, run: Run) -> None:

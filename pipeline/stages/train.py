@@ -59,6 +59,10 @@ class TrainStage(TrainingOverrides):
             return None  # another model
         return Control(self.like, "compute" if self.match_compute else "tokens")
 
+    def is_split(self, run: Run) -> bool:
+        """Return whether there are steps to share."""
+        return self.trains(run)
+
     def check(self, key: str, run: Run) -> None:
         """Refuse what this stage cannot do, before any device is touched.
 

@@ -154,6 +154,8 @@ def run_training(
             key, distill.head, ready.objective, ready.text, settings, folder=ctx.checkpoints
         )
     progress, timeline = _loop(ready, validate, settings, ctx)
+    if not ctx.ranks.is_first:  # the first one saves, and says what it was
+        return Output(counts=_no_counts())
     share = _share_of_teacher(distill, ready, settings, ctx)
     with ctx.clock.phase("checkpoint"):
         # A teacher that moved was not frozen: nobody could say what the student learnt from.
@@ -334,6 +336,8 @@ def _loop(
             folder=ctx.checkpoints,
             clock=ctx.clock,
             hooks=hooks,
+            ranks=ctx.ranks,
+            parallel=ctx.run.parallel,
         )
         return progress, _timeline(phases, tracer, ctx)
 

@@ -12,6 +12,7 @@ import hashlib
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,25 @@ def kept_of(model: Any) -> Any:
     return model if all(each.requires_grad for each in model.parameters()) else TrainedPart(model)
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    extra: Callable[[], Mapping[str, Any]],
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """All that a checkpoint holds in tensors, on the host, by name."""
+
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    generators: dict[str, torch.Tensor]
+
+
+def tensors_of(model: Any, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Return the tensors of now. Where ranks share them, each has to ask."""
+    weights = {
+        name: tensor.detach().contiguous().cpu()
+        for name, tensor in _unshared(model.state_dict()).items()
+    }
+    return Tensors(weights, _optimizer_tensors(optimizer), _generator_states(_device_of(model)))
+
+
+def save(folder: Path, step: int, tensors: Tensors, extra: Callable[[], Mapping[str, Any]]) -> None:
     """Write a checkpoint of `step`, then prune all but the newest two.
 
     Args:
@@ -78,17 +91,13 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".writing-*"):  # by a killed process: only one at a time trains a stage
         shutil.rmtree(left, ignore_errors=True)
-    weights = {
-        name: tensor.detach().contiguous().cpu()
-        for name, tensor in _unshared(model.state_dict()).items()
-    }
     # Weights and AdamW's two moments, each as large as they are, and one more to spare.
-    check_room(folder, 4 * sum(tensor.nbytes for tensor in weights.values()), "tracking.root")
+    check_room(folder, 4 * sum(each.nbytes for each in tensors.model.values()), "tracking.root")
     temporary = folder / f".writing-{uuid.uuid4().hex}"
     temporary.mkdir()
-    save_file(weights, temporary / "model.safetensors")
-    save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-    save_file(_generator_states(_device_of(model)), temporary / "generators.safetensors")
+    save_file(tensors.model, temporary / "model.safetensors")
+    save_file(tensors.optimizer, temporary / "optimizer.safetensors")
+    save_file(tensors.generators, temporary / "generators.safetensors")
     sums = {path.name: _seal(path) for path in sorted(temporary.iterdir())}
     write_json(temporary / "extra.json", extra())
     # The manifest comes last: a folder without it is no checkpoint.

@@ -197,6 +197,11 @@ class Compiling:
     def _may_change(self) -> bool:
         return self.record["chosen"] is None
 
+    def untimed(self, why: str) -> None:
+        """Choose nothing by time: eager, unless settings say otherwise."""
+        if self._may_change and self.settings.compile is Compile.auto:
+            self._settle("eager", why)
+
     def begin(self, batch: Callable[[], dict[str, Tensor]]) -> None:
         """Compile before the first step, where that is settled."""
         wanted = self.settings.compile

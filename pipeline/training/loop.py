@@ -11,7 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.config.settings.parallel import ParallelConfig
 from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import num_targets, num_tokens
-from pipeline.errors import BudgetSpent, StageFailed, one_line
+from pipeline.errors import BudgetSpent, Preempted, StageFailed, one_line
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
@@ -35,14 +36,18 @@ from pipeline.training.float8 import float8_layers
 from pipeline.training.objective import Objective, StepLoss
 from pipeline.training.optimizer import MasterWeights, make_optimizer, masters_of, set_rate
 from pipeline.training.overlapping import Overlapping
+from pipeline.training.parallel import Shared, SharedWeights, is_sharded, share
 from pipeline.training.precision import matmuls
 from pipeline.training.prefetch import Batches, made_ahead
+from pipeline.training.ranks import ALONE, Ranks
 from pipeline.training.schedule import is_constant, learning_rate
 
 # Waiting for every loss would leave the device idle while the host prepares the next step.
 LATE = 4  # steps a loss reading may be late on an accelerator; also how far the host may run ahead
 # Share of the past in the smoothed loss: one unlucky batch is no divergence.
 SMOOTHING = 0.9
+STOPS: tuple[type[Exception] | None, ...] = (None, Preempted, BudgetSpent)
+"""Why a training stops between two steps; where ranks differ, the last of these wins."""
 
 
 @dataclass(slots=True)
@@ -119,6 +124,7 @@ class _Loop:
 
     Attributes:
         masters: The fp32 weights beside a model that is kept in bf16; None where it is its own.
+        shared: How micro-batches are shared among ranks.
         pending: Losses that have not reached the host yet, oldest first.
         latest: The last micro-batch that was computed.
     """
@@ -131,6 +137,7 @@ class _Loop:
     settings: TrainingConfig
     clock: PhaseClock
     hooks: Hooks
+    shared: Shared = field(default_factory=Shared)
     progress: Progress = field(default_factory=Progress)
     pending: deque[Reading] = field(default_factory=deque)
     latest: deque[dict[str, Tensor]] = field(default_factory=lambda: deque(maxlen=1))
@@ -144,9 +151,14 @@ class _Loop:
         precision: PrecisionConfig,
         clock: PhaseClock,
         hooks: Hooks,
+        ranks: Ranks = ALONE,
+        parallel: ParallelConfig | None = None,
     ) -> _Loop:
         """Return the loop of a model before its first step."""
-        masters = masters_of(model, objective.precision)
+        mode = (parallel or ParallelConfig()).mode
+        # under FSDP2 the shares of the weights are fp32, and what is gathered of them bf16
+        masters = None if is_sharded(ranks, mode) else masters_of(model, objective.precision)
+        shared = share(model, objective, ranks, mode)
         trained = (
             [p for p in model.parameters() if p.requires_grad]
             if masters is None
@@ -160,11 +172,13 @@ class _Loop:
             enabled=objective.precision is Precision.fp16,
         )
         optimizer = make_optimizer(trained, settings, objective.device)
-        return cls(model, masters, objective, optimizer, scaler, settings, clock, hooks)
+        return cls(model, masters, objective, optimizer, scaler, settings, clock, hooks, shared)
 
     @property
     def _saved(self) -> Any:
         """What a checkpoint holds the weights of."""
+        if self.shared.is_sharded:
+            return SharedWeights(self.model)
         return self.masters or kept_of(self.model)
 
     def resumed(self, folder: Path) -> Progress:
@@ -172,7 +186,8 @@ class _Loop:
         progress, history = Progress(), list[HistoryEntry]()
         with self.clock.phase("checkpoint"):
             # Batches and learning rate follow from the step, so they are in no checkpoint.
-            found = checkpoint.newest(folder, self.hooks.say)
+            found = checkpoint.newest(folder, self.hooks.say) if self.ranks.is_first else None
+            found = self.ranks.told(found)  # none may find another one
             if found is not None:
                 extra = checkpoint.load(found[0], self._saved, self.optimizer)
                 self.scaler.load_state_dict(extra["scaler"])
@@ -195,7 +210,11 @@ class _Loop:
             }
 
         with self.clock.phase("checkpoint"):
-            checkpoint.save(folder, self.progress.step, self._saved, self.optimizer, extra)
+            if self.ranks.is_first or self.shared.is_sharded:  # what is shared, all gather
+                tensors = checkpoint.tensors_of(self._saved, self.optimizer)
+                if self.ranks.is_first:
+                    checkpoint.save(folder, self.progress.step, tensors, extra)
+            self.ranks.told()  # the others wait until it is written
         with self.clock.phase("log"):
             self.hooks.checkpointed(self.progress.step)
 
@@ -203,6 +222,7 @@ class _Loop:
         """Take one optimizer step: its micro-batches forward and backward, clip, update."""
         progress, clock = self.progress, self.clock
         self.objective.at(progress.step)
+        self.shared.draw_for(progress.step)
         with clock.phase("data_wait"):
             batch = batches.batch(progress.step)
         batch = self.objective.completed(batch, progress.step)
@@ -222,10 +242,10 @@ class _Loop:
             # what has no target would teach nothing
             computed = [part for part in micro if num_targets(part)]
             counts = [num_targets(part) for part in computed]
-        for part, count in zip(computed, counts, strict=True):
+        for number, part in enumerate(computed, 1):
             # Weighted by targets, the means of the micro-batches add up to the mean of the batch,
             # so that accumulation does not change the gradient.
-            self._backward(part, count / sum(counts))
+            self._backward(part, sum(counts), last=number == len(computed))
         self.latest.extend(computed[-1:])
         with clock.phase("optimizer"):
             self._update()
@@ -243,16 +263,37 @@ class _Loop:
         )
         self.hooks.advance(progress.step, progress.tokens)
 
-    def _backward(self, part: dict[str, Tensor], share: float) -> None:
-        """Compute a micro-batch, which has this share of the step's targets, forward and back."""
-        done = self.objective(part)
+    def _backward(self, part: dict[str, Tensor], targets: int, *, last: bool) -> None:
+        """Compute this rank's rows of a micro-batch forward and back.
+
+        Args:
+            targets: Of the step, over all micro-batches.
+            last: Whether it is the last micro-batch of the step.
+        """
         precision, device = self.objective.precision, self.objective.device
-        with self.clock.phase("backward"), matmuls(precision, device):
-            self.scaler.scale(done.loss * share).backward()
+        # masters take the gradients of every micro-batch, and so want them averaged
+        with self.shared.gradients(last=last or self.masters is not None):
+            done = self.shared.computed(self.objective, self.shared.own_rows(part))
+            with self.clock.phase("backward"), matmuls(precision, device):
+                share = self.shared.share(done.count, targets)
+                self.scaler.scale(done.loss * share).backward()
+        with self.clock.phase("backward"):
             if self.masters is not None:
                 self.masters.take_gradients()
             kind = "sampled" if "sampled" in part else "text"
             self.pending.append(_on_its_way(self.progress.step, done, device, kind))
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+        return self.shared.ranks
+
+    def agreed(self, stop: type[Exception] | None, *, due: bool) -> tuple[Any, bool]:
+        """Return whether any rank is to stop, and why, and whether any finds a checkpoint due."""
+        if not self.ranks.several:
+            return stop, due
+        found = self.ranks.largest(STOPS.index(stop), int(due))
+        return STOPS[found[0]], bool(found[1])
 
     def _update(self) -> None:
         """Clip the gradients and move the weights."""
@@ -283,6 +324,9 @@ class _Loop:
                     reading.event.synchronize()
                 # The device computes steps meanwhile; evaluations are timed apart.
                 self.progress.step_ns += self.clock.now_ns() - before
+            if self.ranks.several:
+                with self.clock.phase("comm_wait"):
+                    reading = _of_all(reading, self.ranks)
             with self.clock.phase("log"):
                 _account(reading, self.progress, self.settings, self.hooks)
 
@@ -297,17 +341,25 @@ def train(
     folder: Path,
     clock: PhaseClock,
     hooks: Hooks,
+    ranks: Ranks = ALONE,
+    parallel: ParallelConfig | None = None,
 ) -> Progress:
     """Train `model` in place for `settings.steps`, from the newest checkpoint in `folder` on.
+
+    Args:
+        ranks: The processes that train together, each of which calls this.
+        parallel: How they share it.
 
     Raises:
         StageFailed: If the loss is NaN or diverges.
         Exception: What `hooks.should_stop` names, after a checkpoint.
     """
     # The optimizer has to exist before a checkpoint can be loaded into it.
-    fresh = _Loop.of(model, objective, settings, precision, clock, hooks)
+    with clock.phase("prepare"), ranks.watched():
+        fresh = _Loop.of(model, objective, settings, precision, clock, hooks, ranks, parallel)
     loop = replace(fresh, progress=fresh.resumed(folder))
     with (
+        ranks.watched(),
         _float8(objective, precision, hooks),
         _deterministic(settings, objective),
         made_ahead(batches, loop.progress.step, settings.steps, objective.device) as ahead,
@@ -322,6 +374,7 @@ def train(
             ways.end()
     if loop.masters is not None:
         loop.masters.restore()
+    loop.shared.end()
     return loop.progress
 
 
@@ -397,9 +450,13 @@ class _Ways:
         compiled = Compiling(
             loop.settings, loop.objective, progress.compiling, loop.clock, found.say
         )
+        if loop.ranks.several:  # each would time its own steps, and choose for itself
+            compiled.untimed("several ranks")
         overlap = Overlapping(
             loop.objective, progress.overlapping, is_due=lambda: compiled.is_settled
         )
+        if loop.ranks.several:
+            overlap.untimed("several ranks")
         return cls(compiled, overlap)
 
     @property
@@ -479,14 +536,18 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path, ways: _Ways) -> None
         if traced:
             hooks.tracer.close(number, clock)
         if evaluates:
-            with ways.compiling.eager():
-                _validate(progress, settings, hooks, clock)
+            if loop.ranks.is_first or loop.shared.is_sharded:
+                with ways.compiling.eager(), loop.shared.whole():
+                    _validate(progress, settings, hooks, clock)
+            with clock.phase("comm_wait"):
+                loop.ranks.told()  # the others wait for the first one
         if loop.latest:
             ways.stepped(number, taken_ns / 1e9, loop.latest[0])
-        stop = hooks.should_stop()
         due = time.monotonic() - last_saved > settings.checkpoint_seconds
         if settings.checkpoint_every is not None:
             due = progress.step % settings.checkpoint_every == 0
+        with clock.phase("comm_wait") if loop.ranks.several else nullcontext():
+            stop, due = loop.agreed(hooks.should_stop(), due=due)
         # After the last step the artifact itself is written; a checkpoint would be waste.
         if (due or stop is not None) and progress.step < settings.steps:
             loop.read(drain=True)
@@ -529,6 +590,16 @@ def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "te
     how = (done.ce_weight, tuple(done.drawn), kind)
     there, event = device_of(device).fetch(values)
     return Reading(step, there, done.count, event, *how)
+
+
+def _of_all(reading: Reading, ranks: Ranks) -> Reading:
+    """Return the losses of all ranks' rows of a micro-batch, by those of each."""
+    loss, ce, divergence, *drawn = (float(value) for value in reading.values)
+    means = [value * reading.count for value in (loss, *drawn)]
+    count, ce, divergence, *means = ranks.sums([float(reading.count), ce, divergence, *means])
+    loss, *drawn = (value / max(count, 1.0) for value in means)
+    values = torch.tensor([loss, ce, divergence, *drawn], dtype=torch.float64)
+    return replace(reading, values=values, count=int(count))
 
 
 def _part(weight: float, value: float) -> float:

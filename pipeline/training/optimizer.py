@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.training import OptimizerKind, TrainingConfig
 from pipeline.ledger.devices.table import device_of
+from pipeline.training.shares import gathered, is_shared, shared_like
 
 # Usual for language models (GPT-3, Llama): torch's 0.999 adapts more slowly in short runs.
 BETAS = (0.9, 0.95)
@@ -142,7 +143,11 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return all state of an optimizer by name, numbers as tensors, tensor subclasses as what they
     hold.
     """
-    return {name: torch.as_tensor(holder[key]).detach() for name, holder, key in _leaves(optimizer)}
+    found: dict[str, Tensor] = {}
+    for name, holder, key in _leaves(optimizer):
+        held = holder[key]
+        found[name] = gathered(held.detach() if isinstance(held, Tensor) else torch.as_tensor(held))
+    return found
 
 
 def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
@@ -163,7 +168,7 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> No
     )
     for name, holder, key in found:
         if isinstance(holder[key], Tensor):
-            holder[key].copy_(saved[name])
+            holder[key].copy_(shared_like(holder[key], saved[name]))
         else:
             holder[key] = saved[name].item()
 
@@ -180,7 +185,7 @@ def _leaves(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any, str]]:
 def _below(name: str, entries: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
     for key, value in entries.items():
         # A tensor subclass, such as torchao's 8-bit moments: safetensors takes plain tensors only.
-        if hasattr(value, "__tensor_flatten__"):
+        if hasattr(value, "__tensor_flatten__") and not is_shared(value):
             inner = {each: getattr(value, each) for each in value.__tensor_flatten__()[0]}
             yield from _below(f"{name}.{key}", inner)
         else:

@@ -74,6 +74,11 @@ class Overlapping:
     def _is_open(self) -> bool:
         return self.record["chosen"] is None
 
+    def untimed(self, why: str) -> None:
+        """Choose nothing by time."""
+        if self._is_open:
+            self._settle(why, overlaps=False)
+
     def begin(self) -> None:
         """Take over what was found, or find at once that there is nothing to try."""
         if self._is_open and (why := why_not(self.objective)) is not None:

@@ -15,6 +15,7 @@ from pipeline.config.settings.cost import CostConfig
 from pipeline.config.settings.data import DataConfig
 from pipeline.config.settings.hardware import HardwareConfig
 from pipeline.config.settings.model import ModelConfig, StudentConfig
+from pipeline.config.settings.parallel import ParallelConfig
 from pipeline.config.settings.policy import PolicyConfig
 from pipeline.config.settings.precision import PrecisionConfig
 from pipeline.config.settings.quality import QualityConfig
@@ -73,6 +74,7 @@ class Run:
     data: DataConfig = field(default_factory=DataConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)

@@ -97,6 +97,8 @@ class Device(ABC):
     # products with a dimension that is no multiple of it are slow
     product_width: ClassVar[int] = 1
     chunk_bytes: ClassVar[int | None] = None  # of a temporary tensor; None: what suits a CPU
+    # what torch.distributed connects such devices, and their hosts, by
+    collectives: ClassVar[str] = "gloo"
     toolkit: ClassVar[str | None] = None  # what results call the library that torch was built with
 
     def __init__(self, at: torch.device) -> None:

@@ -58,6 +58,7 @@ class Cuda(Device):
     for_vllm = True
     torchao = True
     chunk_bytes = 256 * 2**20
+    collectives = "cpu:gloo,cuda:nccl"
     toolkit = "cuda"
     _second: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}  # streams of `beside`
     _failed: ClassVar[str] = ""  # why a capture failed that torch's checks had let pass

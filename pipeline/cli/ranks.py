@@ -1,0 +1,106 @@
+"""Ranks on this host: `hardware.devices=N` starts N of them through torch's own agent, each with
+the same command.
+
+The agent passes signals on, ends the others when one fails, and says how each ended. What the first
+rank ends with is the command's exit code: 75 stays 75.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from pipeline.config.settings.hardware import ALL
+from pipeline.config.settings.run import Run
+from pipeline.errors import Exit, UserError
+from pipeline.training.ranks import place_in
+
+STARTED = "PIPELINE_STARTED_NS"  # when the command began: its start is part of the run
+ENDED_WITHIN_S = 120  # what a rank has for its checkpoint once it is told to end
+SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGUSR2"
+
+
+def is_silent(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process is a rank, or a task, of which another one speaks."""
+    rank = environment.get("RANK") or environment.get("SLURM_PROCID") or "0"
+    return rank.isdecimal() and int(rank) > 0
+
+
+def ranks_to_start(run: Run) -> int:
+    """Return how many ranks this process is to start; 1: it does the run itself.
+
+    Raises:
+        UserError: If ranks are started from outside in another number, or halfway.
+    """
+    place, wanted = place_in(), run.hardware.devices
+    if place is not None:
+        if wanted not in (1, ALL, place.on_host):
+            problem = f"{wanted} asked for, and {place.on_host} ranks are started on this host"
+            raise UserError("hardware.devices", problem, "leave it out: who starts ranks says it")
+        return 1
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks.isdecimal() and int(tasks) > 1:
+        problem = f"Slurm started {tasks} tasks, and none says which rank it is"
+        remedy = (
+            "give each RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID"
+            " MASTER_ADDR MASTER_PORT, or ask for one task"
+        )
+        raise UserError("SLURM_NTASKS", problem, remedy)
+    return 1 if wanted == 1 else _of_host(wanted, run.hardware.device)
+
+
+def _of_host(wanted: int | str, named: str) -> int:
+    """Return how many devices of this host are wanted; a CPU's cores are as many."""
+    from pipeline.ledger.devices.table import open_device
+
+    device = open_device(named)
+    if device is None:
+        return 1  # the run will say so
+    if wanted == ALL:
+        return device.count()
+    have = (os.cpu_count() or 1) if device.kind == "cpu" else device.count()
+    if int(wanted) > have:
+        raise UserError("hardware.devices", f"{wanted} asked for, {have} there", f"give {have}")
+    return int(wanted)
+
+
+def start_ranks(count: int, args: Sequence[str], started_ns: int) -> int:
+    """Run a command line in `count` processes of this host; return the exit code.
+
+    Args:
+        args: After `python -m pipeline`.
+        started_ns: Monotonic time when this process began.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # it tells of every failure in tables of its own
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[STARTED] = str(started_ns)
+    # torch warns of a traversal that finds every weight used; of what fails there is an exception
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"pipeline-{time.time_ns()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+        signals_to_handle=SIGNALS,
+        shutdown_timeout=ENDED_WITHIN_S,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "pipeline", *args)
+    except ChildFailedError as failed:
+        codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
+        return codes.get(0, Exit.REFUSED) if codes.get(0, 0) > 0 else Exit.REFUSED
+    except SignalException as stop:
+        return Exit.INTERRUPTED if stop.sigval.name == "SIGINT" else Exit.PREEMPTED
+    return Exit.DONE

@@ -1,0 +1,26 @@
+"""`parallel.*`: how the processes of a run share a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from pipeline.config.settings.ranges import positive
+
+
+class Parallel(Enum):
+    """What each rank holds. `auto`: `ddp`."""
+
+    auto = "auto"
+    ddp = "ddp"  # the whole model; gradients are averaged
+    fsdp = "fsdp"  # a share of every layer (FSDP2); gathered when it is computed
+    hsdp = "hsdp"  # as fsdp within a host, and as ddp between hosts
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How ranks (one process a device) share a training."""
+
+    mode: Parallel = Parallel.auto  # what each rank holds
+    # a rank that does not answer for so long in a step ends the run
+    timeout_seconds: float = positive(600.0)

@@ -1,0 +1,245 @@
+"""A training's model over several ranks: each computes its rows of a batch.
+
+A micro-batch is computed by one module, whose forward pass is the objective: so torch's own
+DistributedDataParallel and FSDP2 see every use of a weight, the head's too. Both average gradients
+over ranks; the loss of a rank is weighted by its share of the targets of all ranks, so that the sum
+is the gradient of one process with the whole batch.
+
+Under FSDP2 every layer is a group of its own, and what is left (embeddings, the head) belongs to
+the objective: gathered before its forward pass, it is whole where the fused head reads it.
+
+Shape legend: B rows, R ranks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.settings.parallel import Parallel
+from pipeline.config.settings.precision import Precision
+from pipeline.training.objective import Objective, StepLoss
+from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.shares import gathered, shared_like
+
+FAR = 1_000_003  # more than there are ranks: no two of them draw alike
+
+
+class _Step(nn.Module):
+    """A micro-batch's loss as a module that holds what is trained."""
+
+    def __init__(self, trained: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.trained = trained
+        self.objective = objective  # no module: its teacher is frozen, and is not shared
+        self.batch: dict[str, Tensor] = {}
+        self.done: StepLoss | None = None
+
+    def forward(self) -> Tensor:
+        """Compute `batch`. It is no argument: tensors of arguments would be moved to the device,
+        and the objective reads them on the host.
+        """
+        self.done = self.objective(self.batch)
+        return self.done.loss
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """How a training is shared among ranks; alone, it computes all itself.
+
+    Attributes:
+        module: Computes a micro-batch; None: the objective does, alone.
+        mode: `ddp`, `fsdp` or `hsdp`.
+        seed: Of what is drawn at random.
+    """
+
+    ranks: Ranks = ALONE
+    module: Any = None
+    mode: Parallel = Parallel.ddp
+    seed: int = 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank holds a part of the weights alone."""
+        return self.module is not None and self.mode is not Parallel.ddp
+
+    def computed(self, objective: Objective, part: dict[str, Tensor]) -> StepLoss:
+        """Return the loss of a rank's rows of a micro-batch."""
+        if self.module is None:
+            return objective(part)
+        step = self._step
+        step.batch = part
+        loss: Tensor = self.module()
+        done, step.batch, step.done = cast(StepLoss, step.done), {}, None
+        # the module's own tensor: what comes from it is what its hooks know
+        return StepLoss(loss, done.parts, done.count, done.ce_weight, done.drawn)
+
+    @property
+    def _step(self) -> _Step:
+        return self.module.module if self.mode is Parallel.ddp else self.module
+
+    def own_rows(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's rows of a micro-batch: B / R of them, one more on the first ranks
+        where R does not divide B.
+        """
+        if not self.ranks.several:
+            return part
+        return {
+            name: tensor.tensor_split(self.ranks.size)[self.ranks.rank].contiguous()
+            for name, tensor in part.items()
+        }
+
+    def share(self, own: int, total: int) -> float:
+        """Return what the mean loss of this rank's targets is to be multiplied by, so that the
+        average over ranks is the mean over the targets of all micro-batches.
+        """
+        return own / total * self.ranks.size
+
+    @contextmanager
+    def gradients(self, *, last: bool) -> Generator[None]:
+        """Average gradients over ranks inside, where this is the last micro-batch of a step."""
+        if self.module is None:
+            yield
+        elif self.mode is Parallel.ddp:
+            wanted: AbstractContextManager[None] = nullcontext() if last else self.module.no_sync()
+            with wanted:
+                yield
+        else:
+            self.module.set_requires_gradient_sync(last)
+            yield
+
+    @contextmanager
+    def whole(self) -> Generator[None]:
+        """Have the model's own forward pass work inside, as each rank then computes all of it."""
+        if not self.is_sharded:
+            yield
+            return
+        # the layers gather themselves; what the objective holds is gathered before its own pass
+        self.module.unshard()
+        try:
+            yield
+        finally:
+            self.module.reshard()
+
+    def end(self) -> None:
+        """Part: each rank has whole weights again."""
+        if not self.is_sharded:
+            return
+        step = self._step
+        _made_whole(step)
+        if step.objective.teacher is not None:
+            _made_whole(step.objective.teacher.model)
+
+    def draw_for(self, step: int) -> None:
+        """Have what is drawn at random in a step (dropout) follow from the step and the rank: a
+        training that goes on draws what it would have drawn.
+        """
+        if self.ranks.several:
+            torch.manual_seed((self.seed + step) * FAR + self.ranks.rank)
+
+
+def is_sharded(ranks: Ranks, mode: Parallel) -> bool:
+    """Return whether a rank will hold a part of the weights alone."""
+    return ranks.several and mode in (Parallel.fsdp, Parallel.hsdp)
+
+
+def share(trained: Any, objective: Objective, ranks: Ranks, mode: Parallel) -> Shared:
+    """Return how a training is shared; the weights are rank 0's from here on."""
+    if not ranks.several:
+        return Shared()
+    step, seed = _Step(trained, objective), torch.initial_seed()
+    if is_sharded(ranks, mode):
+        return Shared(ranks, _sharded(step, objective, ranks, mode), mode, seed)
+    return Shared(ranks, _averaged(step), Parallel.ddp, seed)
+
+
+def _averaged(step: _Step) -> Any:
+    from torch.nn.parallel import DistributedDataParallel
+
+    # Parts of a model may be read by no loss (a pooler), and a rank may have no target.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters.*")
+        return DistributedDataParallel(step, find_unused_parameters=True)
+
+
+def _sharded(step: _Step, objective: Objective, ranks: Ranks, mode: Parallel) -> Any:
+    """Share layers, then what is left; of a live teacher the layers alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kind, on_host = objective.device.type, ranks.size // ranks.hosts
+    if mode is Parallel.hsdp:
+        shape, names = (ranks.hosts, on_host), ("between", "within")
+    else:
+        shape, names = (ranks.size,), ("within",)
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+    pure = objective.precision is Precision.bf16_pure
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if pure else None, reduce_dtype=torch.float32
+    )
+    for layer in layers_in(step.trained):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if objective.teacher is not None:  # its weights are in its own precision, and take no step
+        for layer in layers_in(objective.teacher.model):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(step, mesh=mesh, mp_policy=policy)
+
+
+def layers_in(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a transformers model: those of its modules that it says are not to be
+    split.
+    """
+    named = {
+        name
+        for module in model.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
+    return [module for module in model.modules() if type(module).__name__ in named]
+
+
+def _made_whole(model: nn.Module) -> None:
+    """Give a model whole weights again, in place of its shares of them, and its own classes."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    whole: dict[int, nn.Parameter] = {}  # tied weights are one
+    for module in model.modules():
+        for name, each in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if isinstance(each, DTensor):
+                if id(each) not in whole:
+                    there = each.full_tensor().detach()
+                    whole[id(each)] = nn.Parameter(there, requires_grad=each.requires_grad)
+                setattr(module, name, whole[id(each)])
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # torch has no public way back
+            state: Any = module._get_fsdp_state()  # pyright: ignore[reportPrivateUsage]
+            for hook in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+                hook.remove()
+            module.__class__ = type(module).__mro__[2]  # FSDP's own, FSDPModule, the module's
+
+
+class SharedWeights:
+    """The weights of a sharded model, whole, as checkpoints keep them. Each rank has to ask."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the trained parameters by name, gathered from all ranks."""
+        return {name: gathered(each.detach()) for name, each in self._held.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], *, strict: bool) -> None:
+        """Take this rank's share of each, in place."""
+        with torch.no_grad():
+            for name, value in state.items():
+                self._held[name].copy_(shared_like(self._held[name], value))
+
+    def tie_weights(self) -> None:
+        """Do nothing: what is tied is one parameter here."""
