@@ -476,6 +476,11 @@ def test_a_mask_is_taken_where_it_is_asked_for() -> None:
     torch.testing.assert_close(hidden_states(other, inputs, told), wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_a_mask_of_each_kind_of_layer_is_taken_where_it_is_asked_for() -> None:
+    """Gemma 3 keeps documents apart by positions too, which auto takes where lengths are not."""
+    assert examine(model_of("gemma3"), CPU, Attention.mask).apart is Apart.mask
+
+
 def test_lengths_that_are_asked_for_are_there_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, with the setting's key, what the model does, and the remedy."""
 
@@ -491,9 +496,9 @@ def test_lengths_that_are_asked_for_are_there_or_refused(monkeypatch: pytest.Mon
         check(Examined(read.head, Apart.positions))
     assert read.layer is not None
     drops = dataclasses.replace(read, layer=dataclasses.replace(read.layer, drops=True))
-    with pytest.raises(UserError, match=r"leaves keys out at random.*give auto or mask"):
+    with pytest.raises(UserError, match=r"leaves keys out at random.*give auto"):
         check(drops)
-    with pytest.raises(UserError, match=r"mask: .* is not known to look at one"):
+    with pytest.raises(UserError, match=r"mask: .* looks at none"):
         check(Examined(read.head, Apart.rows), Attention.mask)
     monkeypatch.setattr(Cpu, "takes_lengths", lambda *_: False)
     with pytest.raises(UserError, match=r"no kernel for them takes heads of 8"):

@@ -15,6 +15,7 @@ from test_training_loop import CPU, batches_for, run, same, settings, weights
 
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.training import Compile, TrainingConfig
+from pipeline.distillation.hidden import HiddenSignal
 from pipeline.distillation.losses import Loss
 from pipeline.ledger.devices import table
 from pipeline.ledger.devices.cpu import Cpu
@@ -380,3 +381,57 @@ def test_nothing_is_chosen_by_time_where_all_is_to_be_the_same(tmp_path: Path) -
     assert progress.compiling["chosen"] == "eager"
     assert "deterministic" in progress.compiling["why"]
     assert progress.compiling["eager_s"] is None
+
+
+def test_a_trial_that_was_stopped_takes_its_times_anew(asked: list[dict[str, Any]]) -> None:
+    """What another attempt timed is no time of the steps that this one takes."""
+    record = {**fresh(), "at_step": 5, "eager_s": 1.0, "compiled_s": 0.7}
+    each = Compiling(settings(steps=500), objective_of(), record, PhaseClock(), print)  # pyright: ignore[reportArgumentType]
+    each.begin(lambda: {})
+    assert each.record["eager_s"] is None
+    stepped(each, lambda step: 2.0 if step <= 5 else 1.0, 9)
+    assert (each.record["eager_s"], each.record["compiled_s"]) == (2.0, 1.0)
+    each.end()
+
+
+def test_when_it_was_compiled_is_kept(asked: list[dict[str, Any]]) -> None:
+    record = {**fresh(), "chosen": "compiled", "at_step": 5, "eager_s": 1.0, "compiled_s": 0.7}
+    each = Compiling(settings(), objective_of(), record, PhaseClock(), print)  # pyright: ignore[reportArgumentType]
+    each.begin(lambda: {})
+    assert each.record["at_step"] == 5
+    each.end()
+
+
+def test_compiling_leaves_no_gradient_behind() -> None:
+    """Of what is trained beside the model too: it would be added to the next step's."""
+    objective = objective_of(taught=True)
+    assert objective.teacher is not None
+    widths = (objective.model.config.hidden_size, objective.teacher.model.config.hidden_size)
+    objective.hidden = HiddenSignal([(0, 0)], widths, 1.0)
+    objective.hidden.requires_grad_()
+    compiling._run_once(objective, batches_for(settings()).batch(0))
+    trained = [*objective.model.parameters(), *objective.hidden.parameters()]
+    assert all(each.grad is None for each in trained)
+
+
+def test_a_shape_that_is_compiled_within_a_step_is_booked_as_compiling(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0]
+    clock = PhaseClock(lambda: now[0])
+    spent = [10.0]
+    monkeypatch.setattr(compiling, "_run_once", lambda *_: None)
+    monkeypatch.setattr(compiling, "seconds_so_far", lambda: spent[0])
+    each = Compiling(settings(compile=Compile.always), objective_of(), fresh(), clock, print)
+    assert each.compiled_ns() == 0  # nothing is compiled yet
+    each.begin(lambda: {})
+    with clock.phase("forward"):
+        now[0] += 5 * 10**9
+    spent[0] += 3.0
+    assert each.compiled_ns() == 3 * 10**9
+    phases = clock.read_ns()
+    assert (phases["forward"], phases["compile"]) == (2 * 10**9, 3 * 10**9)
+    assert each.compiled_ns() == 0
+    spent[0] += 9.0  # no more than there is
+    assert each.compiled_ns() == 2 * 10**9
+    each.end()

@@ -81,6 +81,7 @@ def complaints(found: Made, layers: int) -> list[str]:
     return [*said, *(f"spills: {kernel}" for kernel in found.kernels if kernel["spilled"])]
 
 
+@pytest.mark.slow
 def test_code_for_one_gpu_attends_by_lengths_and_does_not_spill(tmp_path: Path) -> None:
     """Two kernels of each graph; the rest of them is slow."""
     found = made(tmp_path, 90, "--kernels", "2")

@@ -6,6 +6,7 @@ the same losses and gradients come out either way.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,11 @@ from pipeline.ledger.devices import table
 from pipeline.ledger.devices.cpu import Cpu
 from pipeline.ledger.devices.device import Allocator
 from pipeline.ledger.devices.table import KINDS
+from pipeline.training import reading
 from pipeline.training.compiling import TIMED
 from pipeline.training.objective import Objective
 from pipeline.training.overlapping import FIRST, Overlapping, fresh, said
+from pipeline.training.reading import Apart
 
 MIB = 2**20
 happened: list[str] = []
@@ -184,3 +187,41 @@ def test_what_was_found_is_taken_over() -> None:
     record["chosen"] = True
     Overlapping(objective, record, is_due=lambda: True).begin()
     assert objective.overlaps
+
+
+def test_captured_steps_do_not_run_beside_anything() -> None:
+    """Graphs share one pool of memory: what one frees another takes, in the order of capture."""
+    objective = objective_of(taught=True)
+    each = overlapping_of(objective)
+    each.begin()
+    objective.captured = True  # found out meanwhile
+    take(each, *[1.0] * (FIRST + TIMED))
+    assert (each.record["chosen"], each.record["why"]) == (False, "steps are captured as graphs")
+    assert not objective.overlaps
+
+
+def test_nothing_is_tried_where_no_choice_may_be_by_time(tmp_path: Path) -> None:
+    ours = objective_of(taught=True)
+    config = settings(deterministic=True)
+    progress = run(ours.model, config, tmp_path, objective=ours)
+    assert progress.overlapping["apart_s"] is None
+    assert "deterministic" in progress.overlapping["why"]
+
+
+def test_a_mask_that_both_read_is_made_before_the_teacher_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Made beside, it would be read before it is there."""
+    objective = objective_of(taught=True)
+    objective.read = dataclasses.replace(objective.read, apart=Apart.mask)
+    objective.teacher_read = dataclasses.replace(objective.teacher_read, apart=Apart.mask)
+    made = reading.document_mask
+
+    def noted(positions: torch.Tensor) -> torch.Tensor:
+        happened.append("mask")
+        return made(positions)
+
+    monkeypatch.setattr(reading, "document_mask", noted)
+    objective.overlaps = True
+    objective(batches_for(settings()).batch(0))
+    assert happened == ["mask", "begins", "is started", "is waited for"]

@@ -63,6 +63,17 @@ class PhaseClock:
         if self.observer is not None:
             self.observer(self._stack[-1])
 
+    def rebook(self, ns: int, source: str, target: str) -> int:
+        """Book time of one phase to another, which it turned out to be; return how much: no more
+        than there is.
+        """
+        self._book()
+        moved = max(0, min(ns, self._self_ns.get(source, 0)))
+        if moved:
+            self._self_ns[source] -= moved
+            self._self_ns[target] = self._self_ns.get(target, 0) + moved
+        return moved
+
     def mark(self) -> tuple[int, dict[str, int]]:
         """Return the time now and the self times until exactly then: between two marks, they
         close.

@@ -838,6 +838,7 @@ class About(TypedDict, total=False):
     precision: PrecisionChoice
     compiling: CompileRecord
     overlapping: OverlapRecord
+    attention: AttentionRecord
     head: HeadChoice
     search: SearchRecord
     quantization: QuantizationFacts
@@ -1024,6 +1025,17 @@ class CompileRecord(TypedDict):
     graphs: int
     breaks: int
     recompiled: int
+
+
+class AttentionRecord(TypedDict):
+    """What kept packed documents apart: `lengths`, `mask`, `positions` or `rows`.
+
+    Attributes:
+        teacher: None: there is no live one.
+    """
+
+    model: str
+    teacher: str | None
 
 
 class OverlapRecord(TypedDict):

@@ -86,7 +86,7 @@ REMEDIES: dict[str, Remedy] = {
     ),
     "compile": Remedy(
         0.10,
-        "compile=false (training.* or the stage's own), or more steps for it",
+        "compile=never (training.* or the stage's own), or more steps for it",
         "compile less, or train longer on what is compiled",
     ),
     "idle_host_wait": Remedy(
@@ -96,7 +96,7 @@ REMEDIES: dict[str, Remedy] = {
     ),
     "idle_launch_gap": Remedy(
         0.10,
-        "compile=true, or a larger batch_size (training.* or the stage's own)",
+        "compile=always, or a larger batch_size (training.* or the stage's own)",
         "compile the model, capture graphs, or use larger batches",
     ),
     "copy_exposed": Remedy(

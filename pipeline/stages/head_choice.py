@@ -190,7 +190,7 @@ def _asked_of_head(
     batch = {name: tensor[:rows] for name, tensor in batches.batch(0).items()}
     objective.head_loss = noting
     # The probe must leave the training as it was, dropout's random numbers included.
-    with torch.random.fork_rng(), torch.no_grad():
+    with device_of(objective.device).kept_generators(), torch.no_grad():
         objective(batch)
     objective.head_loss = usual
     (hidden, head, labels), more = asked[0]

@@ -25,6 +25,7 @@ from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.config.settings.training import Compile, TrainingConfig
 from pipeline.errors import UserError, one_line
 from pipeline.ledger.attempted import attempted
+from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.numbers import percents_apart
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.records import CHOICE, read_record
@@ -241,7 +242,7 @@ def _try_all(
             # a drift of the machine meets all alike
             for each in tried if number % 2 == 0 else reversed(tried):
                 objective.precision = each.precision
-                with torch.random.fork_rng(enabled=True):
+                with device_of(objective.device).kept_generators():
                     seconds, losses = trial_steps(
                         model, batches, objective, settings, config, STEPS, now_ns
                     )

@@ -238,6 +238,9 @@ def _check_ranks(stage: TrainingOverrides, name: str, run: Run, ranks: int) -> N
         raise UserError(key, f"always: {mode} gathers weights where a graph cannot", "give auto")
 
 
+USUAL_WIDTH = 64  # of an attention head
+
+
 def _check_device(stage: TrainingOverrides, name: str, run: Run, device: Any) -> None:
     """Refuse training settings that this device cannot do.
 
@@ -253,8 +256,8 @@ def _check_device(stage: TrainingOverrides, name: str, run: Run, device: Any) ->
         raise UserError(key, f"always: {why}", "install it, or give auto")
     if settings.attention is Attention.lengths and run.task.kind.is_language:
         precision = training_precision(stage, run)
-        tried = Precision.bf16 if precision is Precision.auto else precision
-        if not here.takes_lengths(compute_dtype(tried), 1):
+        tried = Precision.fp32 if precision is Precision.auto else precision  # it may become that
+        if not here.takes_lengths(compute_dtype(tried), USUAL_WIDTH):
             key = deciding(stage, name, run, "attention")
             problem = f"lengths: there is no such attention on {here.kind} in {tried.value}"
             raise UserError(key, problem, "give auto or mask")

@@ -175,6 +175,12 @@ def run_training(
     said = (*ready.said, choice, head_said, *ways, read)
     notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
     about: About = {"compiling": compiled, "overlapping": progress.overlapping}
+    if ready.own is not None:
+        taught_by = ready.objective.teacher_read if ready.teacher is not None else None
+        about["attention"] = {
+            "model": ready.own.apart.value,
+            "teacher": None if taught_by is None else taught_by.apart.value,
+        }
     if choice is not None:
         about["precision"] = choice.about
     if head is not None:

@@ -44,6 +44,8 @@ RECORDED = 3  # runs until a graph is replayed: one as it is, one that is captur
 MOST_GRAPHS = 16  # a model that is compiled for every other shape spends its time compiling
 
 
+# What torch times: a graph, and its gradient where that is compiled later.
+OF_A_STEP = ("_compile.compile_inner", "compile_fx.<locals>.bw_compiler")
 COMPILED, CAPTURED = "compiled", "captured"  # what a record says was chosen; else eager
 
 
@@ -119,6 +121,15 @@ def graphs_so_far() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
+def seconds_so_far() -> float:
+    """Return how long this process has compiled graphs in all; a graph for another shape is
+    compiled in the step that meets it.
+    """
+    from torch._dynamo.utils import compilation_time_metrics
+
+    return sum(sum(compilation_time_metrics.get(name, ())) for name in OF_A_STEP)
+
+
 def fresh() -> CompileRecord:
     """Return the record of a training of which nothing is known yet."""
     return {
@@ -180,6 +191,7 @@ class Compiling:
     _inside: AbstractContextManager[None] | None = None
     _before: tuple[int, int] = (0, 0)  # graphs and breaks of this process when it was compiled
     _first: int = 0  # graphs that its first micro-batch took
+    _spent: float = 0.0  # seconds that this process had compiled, when they were last booked
 
     @property
     def is_timing(self) -> bool:
@@ -213,9 +225,11 @@ class Compiling:
             elif not may_compile(self.objective):
                 self._settle("eager", "hooks read it, or what it writes has every length")
         chosen = self.record["chosen"]
+        if chosen is None:  # an attempt that was stopped while it timed steps: times are taken anew
+            self.record["eager_s"] = self.record["compiled_s"] = self.record["captured_s"] = None
         if chosen in (COMPILED, CAPTURED) or (chosen is None and wanted is Compile.always):
             first = batch()
-            self._compile(first, 0)
+            self._compile(first, self.record["at_step"] or 0)
             if chosen == CAPTURED and self._inside is not None:
                 self._capture(first)
 
@@ -265,7 +279,8 @@ class Compiling:
             self._settle(CAPTURED, "")
         else:
             self._again(batch)
-            self._settle(COMPILED, "")
+            if self._may_change:
+                self._settle(COMPILED, "")
 
     def end(self) -> None:
         """Run eager from here on."""
@@ -299,17 +314,21 @@ class Compiling:
             self.end()
             why = self._enter(batch, captured=True)
             if why is None and own.captures_refused() > before:
-                why = "torch captures none of it"
+                why = "torch did not capture all of it"
         if why is not None:
             self.say(f"steps go on compiled, without CUDA graphs: {why}")
             self._again(batch)
-            self._settle(COMPILED, f"no CUDA graphs: {why}")
+            if self._may_change:
+                self._settle(COMPILED, f"no CUDA graphs: {why}")
 
     def _again(self, batch: dict[str, Tensor]) -> None:
         """Go back from captured steps to compiled ones; torch kept their code."""
         if self.objective.captured or self._inside is None:
             self.end()
-            self._enter(batch)
+            torch.compiler.reset()  # else the graphs' memory stays
+            device_of(self.objective.device).release_memory()
+            if (why := self._enter(batch)) is not None:
+                self._give_up(why)
 
     def _enter(self, batch: dict[str, Tensor], *, captured: bool = False) -> str | None:
         """Compile what a step calls; return why that failed, or None."""
@@ -329,7 +348,19 @@ class Compiling:
                 self.record["compile_s"] = spent + time.perf_counter() - started
         self._note_graphs()
         self._first, self.record["recompiled"] = self.record["graphs"], 0
+        self._spent = seconds_so_far()
         return None
+
+    def compiled_ns(self) -> int:
+        """Return how long the last step compiled: a shape that it met first. It is booked so, and
+        is no time of a step.
+        """
+        if self._inside is None:
+            return 0
+        before, self._spent = self._spent, seconds_so_far()
+        moved = self.clock.rebook(int(1e9 * (self._spent - before)), "forward", "compile")
+        self.record["compile_s"] = (self.record["compile_s"] or 0.0) + moved / 1e9
+        return moved
 
     def _note_graphs(self) -> None:
         graphs, breaks = graphs_so_far()
@@ -359,14 +390,16 @@ def _run_once(objective: Objective, batch: dict[str, Tensor]) -> None:
     numbers stay.
     """
     usual, objective.clock = objective.clock, PhaseClock()  # all of it is compiling
+    parts = [part for part in (objective.model, objective.hidden) if part is not None]
+    trained = [each for part in parts for each in part.parameters() if each.requires_grad]
     try:
-        with torch.random.fork_rng():
+        with device_of(objective.device).kept_generators():
             loss = objective(batch).loss
             with matmuls(objective.precision, objective.device):
-                loss.backward()
+                # not `backward`: a gradient that stays would be added to the next step's
+                torch.autograd.grad(loss, trained, allow_unused=True)
     finally:
         objective.clock = usual
-        objective.model.zero_grad(set_to_none=True)
 
 
 def said(record: CompileRecord) -> str | None:

@@ -457,6 +457,8 @@ class _Ways:
         )
         if loop.ranks.several:
             overlap.untimed("several ranks")
+        elif loop.settings.deterministic:
+            overlap.untimed("training.deterministic: no choice by time")
         return cls(compiled, overlap)
 
     @property
@@ -526,7 +528,7 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path, ways: _Ways) -> None
             loop.step(batches)
         if ways.are_timed:
             _wait(loop)
-        taken_ns = clock.now_ns() - before
+        taken_ns = clock.now_ns() - before - ways.compiling.compiled_ns()
         progress.step_ns += taken_ns
         evaluates = number % eval_every == 0 or number == settings.steps
         traced = hooks.tracer.closes_after(number)

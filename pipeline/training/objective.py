@@ -229,12 +229,13 @@ class Objective:
     ) -> StepLoss:
         teacher, taught, theirs = self.teacher, said, _Inside()
         every = self.hidden is not None
+        # before the teacher starts beside the model: what both are told is made once
+        told = documents.told(self.model, self.read, self.precision)
         if teacher is not None:
+            told_it = documents.told(teacher.model, self.teacher_read, teacher.precision)
             with self._taught_by(teacher):
                 with self._reading(teacher.model) as theirs.projected:
-                    given = self._given(
-                        teacher.model, self.teacher_read, teacher.precision, inputs, documents
-                    )
+                    given = self._given(teacher.model, self.teacher_read, inputs, told_it)
                 theirs.states = given.hidden_states if every else ()
                 if isinstance(self.teacher_head, Unknown):
                     # (N, V)
@@ -247,7 +248,7 @@ class Objective:
         with self.clock.phase("forward"), arithmetic(self.precision, self.device):
             ours = _Inside()
             with self._reading(self.model) as ours.projected:
-                given = self._given(self.model, self.read, self.precision, inputs, documents)
+                given = self._given(self.model, self.read, inputs, told)
             self._join()
             ours.states = given.hidden_states if every else ()
             more: dict[str, Any] = {"vocabulary": self.vocabulary, "taught": taught, "loss": loss}
@@ -291,18 +292,15 @@ class Objective:
             device_of(self.device).join()
 
     def _given(
-        self,
-        model: Any,
-        read: Examined,
-        precision: Precision,
-        inputs: dict[str, Tensor],
-        documents: Documents,
+        self, model: Any, read: Examined, inputs: dict[str, Tensor], told: dict[str, Any]
     ) -> Any:
         """Return what a language model's body gives out, or all of it where its head is unknown;
         with every layer's states where they are wanted.
+
+        Args:
+            told: Of the packed documents.
         """
         module = model if isinstance(read.head, Unknown) else model.base_model
-        told = documents.told(model, read, precision)
         return run(module, read_inputs(inputs, read), told, every=self.hidden is not None)
 
     def _read(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Sequence[Tensor]]:

@@ -33,6 +33,8 @@ def why_not(objective: Objective) -> str | None:
         return "no live teacher"
     if not own.streams:
         return f"no streams on {own.kind}"
+    if objective.captured:  # graphs share one pool of memory, and so run in the order of capture
+        return "steps are captured as graphs"
     return None
 
 
@@ -94,7 +96,7 @@ class Overlapping:
             return
         if self.record["apart_s"] is None:
             self.record["apart_s"] = found
-            if (why := why_no_room(self.objective)) is not None:
+            if (why := why_not(self.objective) or why_no_room(self.objective)) is not None:
                 self._settle(why, overlaps=False)
                 return
             self.objective.overlaps, self._steps = True, Stopwatch(FIRST)

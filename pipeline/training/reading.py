@@ -311,7 +311,8 @@ def check_attention(
     """
     name = type(model).__name__
     if attention is Attention.mask and read.apart is not Apart.mask:
-        raise UserError(key, f"mask: {name} is not known to look at one", "give auto")
+        problem = f"mask: {name} looks at none, or reads a window that one of ours would widen"
+        raise UserError(key, problem, "give auto")
     if attention is not Attention.lengths:
         return
     why = None
@@ -322,7 +323,7 @@ def check_attention(
     elif not device_of(device).takes_lengths(compute_dtype(precision), read.layer.width):
         why = f"no kernel for them takes heads of {read.layer.width}"
     if why is not None:
-        raise UserError(key, f"lengths: {name} cannot be told them: {why}", "give auto or mask")
+        raise UserError(key, f"lengths: {name} cannot be told them: {why}", "give auto")
 
 
 def _document(model: Any, start: int, device: torch.device) -> dict[str, Tensor]:
@@ -411,7 +412,8 @@ def _kept_apart(
     if layer is not None:
         return Examined(head, Apart.lengths, layer)
     kinds = _kinds(model.config)
-    if kinds == {FULL} and by_mask():
+    wanted = attention is Attention.mask and kinds == {FULL, SLIDING}
+    if (kinds == {FULL} or wanted) and by_mask():
         return Examined(head, Apart.mask)
     if by_positions():
         return Examined(head, Apart.positions)

@@ -46,9 +46,9 @@ class Cpu(Device):
         pass
 
     def why_no_compile(self) -> str | None:
-        return attempted(
-            _has_compiler, lambda _: "torch.compile needs a C++ compiler, none is here"
-        )
+        named = os.environ.get("CXX")
+        which = "none is here" if named is None else f"CXX={named} is none"
+        return attempted(_has_compiler, lambda _: f"torch.compile needs a C++ compiler, {which}")
 
     def reader(self, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
         return Absent("a CPU run uses no GPU")

@@ -199,6 +199,19 @@ class Device(ABC):
         """Return the devices that have a random generator beside the host's own."""
         return []
 
+    @contextmanager
+    def kept_generators(self) -> Generator[None]:
+        """Have random numbers drawn inside be drawn again afterwards: the host's, and its own."""
+        import torch
+
+        state, own = torch.get_rng_state(), self.generator_state()
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
+            if own is not None:
+                self.set_generator_state(own)
+
     def generator_state(self) -> torch.Tensor | None:
         """Return the state of its own generator; None where it has none."""
         return None

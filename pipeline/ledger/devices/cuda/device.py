@@ -37,6 +37,7 @@ CUBLAS_BUFFERS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # 8 of 4 MiB
 # Source: torch.nn.attention, its checks before flash attention.
 FLASH_CAPABILITY = (8, 0)
 WIDEST_FLASH = 256  # of a head
+WIDTHS = 8  # of a head, in multiples: elements of a load of 16 bytes
 
 
 class Cuda(Device):
@@ -259,6 +260,7 @@ class Cuda(Device):
         if not attempted(_has_varlen, lambda _: False):
             return False
         fits = dtype in (torch.float16, torch.bfloat16) and width <= WIDEST_FLASH
+        fits = fits and width % WIDTHS == 0
         return fits and torch.cuda.get_device_capability(self.at) >= FLASH_CAPABILITY
 
     def rounds_fp32(self) -> bool:

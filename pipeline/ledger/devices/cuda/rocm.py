@@ -25,6 +25,8 @@ class Rocm(Cuda):
 
     kind = "rocm"
     wide_products = False
+    captures = False
+    streams = False
     for_vllm = False
     torchao = False
     toolkit = "rocm"
