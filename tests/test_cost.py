@@ -161,7 +161,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Compose and validate a command; return the run that would have been executed."""
     monkeypatch.chdir(tmp_path)
     seen: list[Any] = []
-    monkeypatch.setattr("pipeline.cli.main._execute", lambda run, *_: seen.append(run) or 0)
+    monkeypatch.setattr("pipeline.cli.main._execute", lambda run, *_, **__: seen.append(run) or 0)
 
     def run(*args: str) -> Any:
         code = main(["recipe=baseline", *args], started_ns=0)

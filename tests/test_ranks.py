@@ -158,7 +158,9 @@ def test_half_an_environment_is_refused(more: dict[str, str], said: str) -> None
 
 
 def wanted(devices: Any, monkeypatch: pytest.MonkeyPatch, **environment: str) -> int:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")] + [
+        *("RANK", "WORLD_SIZE", "SLURM_NTASKS", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    ]:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -184,6 +186,32 @@ def test_tasks_of_slurm_that_are_no_ranks_are_refused(monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match=r"SLURM_NTASKS: Slurm started 2 tasks.*SLURM_PROCID"):
         wanted(1, monkeypatch, SLURM_NTASKS="2")
     assert wanted(1, monkeypatch, SLURM_NTASKS="1") == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "remedy"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "precision="),
+        ({"ACCELERATE_USE_FSDP": "true"}, "parallel.mode=fsdp"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "parallel.mode=fsdp"),
+    ],
+)
+def test_what_accelerate_launch_was_asked_for_is_not_passed_over(
+    variable: dict[str, str], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=remedy) as error:
+        wanted(1, monkeypatch, **variable)
+    assert str(error.value).startswith(next(iter(variable)))
+
+
+def test_one_process_on_a_cpu_is_said_to_be_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    assert wanted(1, monkeypatch, **asked) == 1
+    assert "hardware.devices=N starts several" in capsys.readouterr().out
+    wanted(1, monkeypatch, **asked, **GIVEN)
+    assert capsys.readouterr().out == ""
 
 
 def test_one_of_several_speaks() -> None:

@@ -36,6 +36,7 @@ def ranks_to_start(run: Run) -> int:
         UserError: If ranks are started from outside in another number, or halfway.
     """
     place, wanted = place_in(), run.hardware.devices
+    _check_accelerate(os.environ)
     if place is not None:
         if wanted not in (1, ALL, place.on_host):
             problem = f"{wanted} asked for, and {place.on_host} ranks are started on this host"
@@ -50,6 +51,29 @@ def ranks_to_start(run: Run) -> int:
         )
         raise UserError("SLURM_NTASKS", problem, remedy)
     return 1 if wanted == 1 else _of_host(wanted, run.hardware.device)
+
+
+def _check_accelerate(environment: Mapping[str, str]) -> None:
+    """Refuse what `accelerate launch` was asked for and would not be done: it tells processes of
+    it, and this one takes precision and sharding from its own settings.
+
+    Raises:
+        UserError: With the setting that does it.
+    """
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        problem = f"{precision} is not heeded: precision is a setting"
+        raise UserError("ACCELERATE_MIXED_PRECISION", problem, "give precision=... to the command")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if environment.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            problem = "is not heeded: how ranks share a training is a setting"
+            raise UserError(f"ACCELERATE_USE_{name}", problem, "give parallel.mode=fsdp")
+    cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if cpu and place_in(environment) is None:
+        print(
+            "note: accelerate launch --cpu starts one process; hardware.devices=N starts several",
+            flush=True,
+        )
 
 
 def _of_host(wanted: int | str, named: str) -> int:

@@ -4,7 +4,7 @@ provenance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.config.settings.cost import CostConfig
@@ -57,6 +57,7 @@ class Spent:
             `lost_as`.
         phases_ns: Self times over work and assessment, without the lost part; they sum to the rest
             exactly.
+        alone_ns: Those of them in which one device worked, and all others of the attempt waited.
     """
 
     work_ns: int = 0
@@ -64,14 +65,29 @@ class Spent:
     lost_ns: int = 0
     lost_as: str = "failed_attempt"
     phases_ns: dict[str, int] = field(default_factory=dict)
+    alone_ns: dict[str, int] = field(default_factory=dict)
 
-    def add_phases(self, phases_ns: Mapping[str, int]) -> None:
-        """Add the self times of another window."""
+    def add_phases(
+        self, phases_ns: Mapping[str, int], alone: Callable[[str], bool] = lambda _: False
+    ) -> None:
+        """Add the self times of another window.
+
+        Args:
+            alone: Tells of a phase whether one device worked in it, and the others waited.
+        """
         for name, ns in phases_ns.items():
             self.phases_ns[name] = self.phases_ns.get(name, 0) + ns
+            if alone(name):
+                self.alone_ns[name] = self.alone_ns.get(name, 0) + ns
+
+    def idle_ns(self, devices: int) -> dict[str, float]:
+        """Return by phase, as nanoseconds of all devices, what those that waited are charged
+        with.
+        """
+        return {name: ns * (devices - 1) / devices for name, ns in self.alone_ns.items()}
 
 
-def hours(ns: int, devices: int) -> Value:
+def hours(ns: float, devices: int) -> Value:
     """Return device-hours of an interval."""
     return measured(ns * devices / HOUR_NS)
 
@@ -105,15 +121,19 @@ def ledger(
         peak: Dense TFLOP/s of one device in the arithmetic of this stage.
     """
     total = spent.work_ns + spent.assess_ns + spent.lost_ns
-    wasted_by = dict.fromkeys(WASTE_CAUSES, 0)
+    idle = spent.idle_ns(devices)
+    # a phase is that of the devices that worked
+    phases = {phase: ns - idle.get(phase, 0) for phase, ns in spent.phases_ns.items()}
+    wasted_by = dict.fromkeys(WASTE_CAUSES, 0.0)
     for phase, cause in WASTED.items():
-        wasted_by[cause] += spent.phases_ns.get(phase, 0)
+        wasted_by[cause] += phases.get(phase, 0)
     wasted_by[spent.lost_as] += spent.lost_ns
+    wasted_by["idle_rank"] += sum(idle.values())
     wasted = sum(wasted_by.values())
-    productive = sum(ns for phase, ns in spent.phases_ns.items() if phase in PRODUCTIVE)
+    productive = sum(ns for phase, ns in phases.items() if phase in PRODUCTIVE)
     # The rest, so that the three classes add up to all of the time.
     support = total - wasted - productive
-    parts: dict[HoursPart, int] = {
+    parts: dict[HoursPart, float] = {
         "attached": total,
         "work": spent.work_ns,
         "assess": spent.assess_ns,
@@ -208,7 +228,7 @@ def disturbance_of(record: LedgerRecord) -> Disturbance:
 
 
 def _gpu_hours(
-    parts: Mapping[HoursPart, int],
+    parts: Mapping[HoursPart, float],
     devices: int,
     kind: str,
     usage: Usage,

@@ -37,11 +37,11 @@ class MadeOn(TypedDict):
     threads: int | None
 
 
-def made_on(session: Session) -> MadeOn:
-    """Return what a timing holds for: device, their number, and threads."""
+def made_on(session: Session, devices: int | None = None) -> MadeOn:
+    """Return what a timing holds for: device, their number (or another one), and threads."""
     return {
         "device": device_name(session.device),
-        "devices": session.devices,
+        "devices": session.devices if devices is None else devices,
         "threads": session.run.hardware.num_threads,
     }
 
@@ -53,12 +53,15 @@ def stage_key(
     inputs: Mapping[str, Artifact],
     seed: int,
     matched_flops: float | None,
+    *,
+    devices: int | None = None,
 ) -> str:
     """Return the key of what a stage makes: settings, inputs, data, seed, versions and device.
 
     Args:
         inputs: By role.
         matched_flops: That the stage may spend, where it matches those of others.
+        devices: In place of how many there are: what it makes is then known by another number.
     """
     with session.clock.phase("prepare"):
         settings = stage.key_settings(session.run, inputs)
@@ -73,7 +76,7 @@ def stage_key(
         seed=seed,
         matched=matched_flops,
         libraries=versions(stage.libraries(session.run)),
-        **made_on(session),
+        **made_on(session, devices),
     )
 
 

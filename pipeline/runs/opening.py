@@ -32,6 +32,7 @@ from pipeline.gate.checks import is_gate
 from pipeline.gate.opening import Gate, identify, open_gate
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.cuda.nvml import OF_THE_MODULE
+from pipeline.ledger.devices.reader import Absent, Reader
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.foreign import nested_in
 from pipeline.ledger.gpu_sampler import Sampler
@@ -121,7 +122,7 @@ def open_run(
         *slow_precision(run, device),
     ]
     with _or_nothing(folder, number, lock):
-        sampler = Sampler(device_of(device).reader(), interval_s=run.ledger.sample_seconds)
+        sampler = Sampler(_reader(device, ranks), interval_s=run.ledger.sample_seconds)
         sampler.start()
         granted, placed = _placement(device, _devices(device, ranks), sampler, notes)
         session = Session(
@@ -155,6 +156,16 @@ def open_run(
     for note in notes:
         print(f"note: {note}", flush=True)
     return _delivered(running) if run.tracking.mlflow else running
+
+
+def _reader(device: Any, ranks: Ranks) -> Reader:
+    """Return a reader of the device's counters. Of several devices those of one would stand for
+    all.
+    """
+    own = device_of(device)
+    if ranks.several and device.type != "cpu":
+        return Absent(f"{how_many(ranks.size, 'device')}: counters of several are not read yet")
+    return own.reader()
 
 
 def _devices(device: Any, ranks: Ranks) -> int:

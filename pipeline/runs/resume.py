@@ -17,7 +17,7 @@ from pipeline.ledger.phases import difference, total
 from pipeline.ledger.record import HOUR_NS, Spent, disturbance_of, usage_of
 from pipeline.ledger.shapes import Event, HistoryEntry, Opened, Row, Started
 from pipeline.ledger.values import Value, measured
-from pipeline.runs.rows import Read, identity, make_row, unread_for
+from pipeline.runs.rows import Read, by_first, by_first_alone, identity, make_row, unread_for
 from pipeline.runs.running import Running
 from pipeline.runs.session import Session
 from pipeline.runs.timeline import Trace
@@ -326,12 +326,14 @@ def _with_killed_row(
             spent.assess_ns += window.kept_ns if window.kind == "assess" else 0
             spent.lost_ns += window.lost_ns
     own = [event for event in events if (event.get("arm"), event.get("seed")) == (arm, seed)]
+    at_work = by_first(session.run, stage_of(session.run, arm))
     for event in own:
         if event["e"] == "window":
-            spent.add_phases(event["phases_ns"])
+            is_work = event["window"]["kind"] == "work"
+            spent.add_phases(event["phases_ns"], at_work if is_work else by_first_alone)
     saved = [event for event in own if event["e"] == "checkpoint"]
     if saved and not spent.phases_ns:
-        spent.phases_ns = saved[-1]["phases_ns"]
+        spent.add_phases(saved[-1]["phases_ns"], at_work)
     # Nothing to resume from: the whole attempt was in vain.
     if not spent.work_ns:
         spent.lost_as = "failed_attempt"

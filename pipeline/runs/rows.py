@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.settings.parallel import Parallel
 from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.run import Run
 from pipeline.errors import BudgetSpent, Preempted
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
@@ -125,14 +128,33 @@ def make_row(
     }
 
 
-def made_spent(session: Session, made: Made) -> Spent:
+BY_FIRST = ("checkpoint", "eval", "log")  # phases of a split stage that the first rank does
+SHARDED = (Parallel.fsdp, Parallel.hsdp)  # each rank evaluates, with its shares of the weights
+
+
+def by_first(run: Run, stage: Stage) -> Callable[[str], bool]:
+    """Return what tells of a phase of a stage's work whether the first rank does it while the
+    others wait.
+    """
+    if not stage.is_split(run):
+        return lambda _: True
+    shared = ("eval",) if run.parallel.mode in SHARDED else ()
+    return lambda phase: phase in BY_FIRST and phase not in shared
+
+
+def by_first_alone(_: str) -> bool:
+    """Tell so of every phase of an assessment."""
+    return True
+
+
+def made_spent(session: Session, stage: Stage, made: Made) -> Spent:
     """Return what the work on an artifact took in this attempt; that of an earlier attempt, or of
     another run, stands on that one's row.
     """
     spent = Spent()
     if is_of_this_attempt(session, made):
         spent.work_ns = made["work_ns"]
-        spent.add_phases(made["phases_ns"])
+        spent.add_phases(made["phases_ns"], by_first(session.run, stage))
     return spent
 
 
@@ -154,10 +176,10 @@ def made_row(
     assessed.
     """
     session = timeline.session
-    spent = made_spent(session, made)
+    spent = made_spent(session, stage, made)
     if assess is not None:
         spent.assess_ns = assess.elapsed_ns
-        spent.add_phases(assess.phases_ns)
+        spent.add_phases(assess.phases_ns, by_first_alone)
     # Peaks are of a process: those of another one stand on its own row.
     memory = memory_of(made) if is_of_this_attempt(session, made) else unread(ELSEWHERE)
     read = Read(memory, timeline.usage(name, seed), timeline.disturbance(name, seed))
@@ -188,12 +210,14 @@ def reused_work(
         Usage.from_json(made["usage"]) if "usage" in made else never.usage,
         Disturbance.from_json(made["disturbance"]) if "disturbance" in made else never.disturbance,
     )
+    spent = Spent(made["work_ns"])
+    spent.add_phases(made["phases_ns"], by_first(session.run, stage))
     row = make_row(
         session,
         name,
         stage,
         seed,
-        Spent(made["work_ns"], phases_ns=made["phases_ns"]),
+        spent,
         Output.from_json(made["output"]),
         "FINISHED",
         why,
@@ -219,18 +243,19 @@ def broken_row(
     """
     session = timeline.session
     trace = timeline.trace(name, seed, session.number)
-    spent = Spent() if made is None else made_spent(session, made)
+    spent = Spent() if made is None else made_spent(session, stage, made)
+    alone = by_first(session.run, stage) if made is None else by_first_alone
     kept = isinstance(error, Preempted | BudgetSpent)
     if window is not None and kept:  # a checkpoint is on disk: the next attempt resumes from it
         spent.work_ns += window.elapsed_ns
-        spent.add_phases(window.phases_ns)
+        spent.add_phases(window.phases_ns, alone)
     elif window is not None:
         spent.lost_ns = window.elapsed_ns
         # the last checkpoint is there to resume from
         if made is None and isinstance(error, KeyboardInterrupt):
             spent.work_ns, spent.lost_as = sum(trace.saved_ns.values()), "rollback"
             spent.lost_ns -= spent.work_ns
-            spent.add_phases(trace.saved_ns)
+            spent.add_phases(trace.saved_ns, alone)
     status = "KILLED" if kept or isinstance(error, KeyboardInterrupt) else "FAILED"
     output = Output(counts={"steps_lost": measured(trace.lost)})
     return live_row(

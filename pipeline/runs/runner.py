@@ -122,10 +122,14 @@ class StageRunner:
         _refuse_gone(stage.inputs(self.running.session.run), inputs)
         # Before the key: a control's budget of FLOPs is a part of what it makes.
         matched = self._matched_flops(stage)
-        key = stage_key(self.running.session, name, stage, inputs, self.seed, matched)
+        asked = (self.running.session, name, stage, inputs, self.seed, matched)
+        key = stage_key(*asked)
         with timeline.hold(key, name):  # another process may be at it: then find it done
             # Looked up while the lock is held: who waited for it finds the work done.
-            made = self._recall(key) or self._make(name, stage, inputs, key)
+            # a stage goes on with another number of devices than it was begun on
+            checkpoints = self.running.session.store.root / "checkpoints"
+            checkpoints /= stage_key(*asked, devices=1)
+            made = self._recall(key) or self._make(name, stage, inputs, key, checkpoints)
             artifact = Artifact.from_json(made["artifact"])
             assessed = None
             # a teacher cache has no quality; a fallback is read as it is made
@@ -169,9 +173,14 @@ class StageRunner:
         with self.running.session.clock.phase("prepare"):
             return self.running.session.store.recall("keys", key, MADE)
 
-    def _make(self, name: str, stage: Stage, inputs: Mapping[str, Artifact], key: str) -> Made:
+    def _make(
+        self, name: str, stage: Stage, inputs: Mapping[str, Artifact], key: str, checkpoints: Path
+    ) -> Made:
         """Do a stage's work inside its window and commit its artifact; return what the store
         remembers of it.
+
+        Args:
+            checkpoints: Their folder.
         """
         session, timeline, book = (self.running.session, self.running.timeline, self.running.book)
         timeline.check_budget()
@@ -193,7 +202,7 @@ class StageRunner:
             stage.warm_up(inputs, WarmUp(session.run, session.data, session.device, session.clock))
             session.memory.start(session.device)
             with timeline.window("work", name, self.seed) as window:
-                artifact, output = self._work(name, stage, inputs, key, window)
+                artifact, output = self._work(name, stage, inputs, key, window, checkpoints)
                 # The window ends when the device is done, not when it was asked. What failed on
                 # it may be told only now.
                 with failing_as(self.running, name, "work", stage):
@@ -220,15 +229,21 @@ class StageRunner:
         }
         # The record before the checkpoints go: a crash in between only leaves files behind.
         session.store.remember("keys", key, record)
-        shutil.rmtree(session.store.root / "checkpoints" / key, ignore_errors=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
         return record
 
     def _work(
-        self, name: str, stage: Stage, inputs: Mapping[str, Artifact], key: str, window: OpenWindow
+        self,
+        name: str,
+        stage: Stage,
+        inputs: Mapping[str, Artifact],
+        key: str,
+        window: OpenWindow,
+        checkpoints: Path,
     ) -> tuple[Artifact, Output]:
         session, book = self.running.session, self.running.book
         with session.store.scratch() as out:
-            context = self._context(name, stage, key, window, out)
+            context = self._context(name, stage, window, out, checkpoints)
             with failing_as(self.running, name, "work", stage):
                 if context.ranks.several:
                     context.ranks.told(share_of(name, stage, inputs, context))
@@ -248,7 +263,9 @@ class StageRunner:
                 # Still inside the window: work lasts until the artifact is committed.
                 return session.store.commit(out, stage.makes, manifest), output
 
-    def _context(self, name: str, stage: Stage, key: str, window: OpenWindow, out: Path) -> Context:
+    def _context(
+        self, name: str, stage: Stage, window: OpenWindow, out: Path, checkpoints: Path
+    ) -> Context:
         """Return what a stage works with; it leaves its artifact in `out`."""
         session, timeline = self.running.session, self.running.timeline
         trace = timeline.trace(name, self.seed, session.number)
@@ -280,8 +297,8 @@ class StageRunner:
             data=session.data,
             clock=session.clock,
             out=out,
-            # By key, so that another run with the same settings resumes from them.
-            checkpoints=session.store.root / "checkpoints" / key,
+            # By settings, so that another run with the same ones resumes from them.
+            checkpoints=checkpoints,
             like=None if like is None else self._output(like.arm),
             matched_flops=self._matched_flops(stage),
             points=lambda step, values: journal("points", step, values=values),

@@ -294,6 +294,8 @@ class Cuda(Device):
     def capture(self, step: Callable[[], None], prepare: Callable[[], None]) -> Callable[[], None]:
         import torch
 
+        if not self.captures:
+            return super().capture(step, prepare)
         if Cuda._failed:
             raise RuntimeError(f"an earlier capture failed in this process ({Cuda._failed})")
         # streams and captures are of the current device
