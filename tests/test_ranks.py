@@ -102,6 +102,13 @@ def test_three_ranks_share_rows_that_they_do_not_divide(tmp_path: Path) -> None:
     assert all(each["apart"] < 1e-4 for each in found.values())
 
 
+@pytest.mark.slow
+def test_four_ranks_of_two_hosts_share_within_and_average_between(tmp_path: Path) -> None:
+    found = by_ranks(tmp_path, "hsdp, taught", size=4)
+    assert found["hsdp, taught"]["apart"] < 1e-4
+    assert found["hsdp, taught"]["same_on_all"]
+
+
 def test_rows_are_shared_and_none_is_left() -> None:
     rows = {"x": torch.arange(7)}
     parts = [
@@ -223,8 +230,11 @@ def test_one_of_several_speaks() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"batch_size": 4, "gradient_accumulation": 2}, "batch_size: 2 sequences of a micro-batch"),
-        ({"start_batch_size": 2}, "start_batch_size: 2 sequences of a micro-batch"),
+        (
+            {"batch_size": 4, "gradient_accumulation": 2},
+            "batch_size: a micro-batch of 2 sequences has",
+        ),
+        ({"start_batch_size": 2}, "start_batch_size: a micro-batch of 2 sequences"),
         ({"precision": Precision.auto}, "precision: auto times steps"),
         ({"precision": Precision.fp16}, "parallel.mode: fsdp scales no losses"),
         ({"compile": Compile.always}, "compile: always: fsdp gathers"),
@@ -247,17 +257,20 @@ def result_of(root: Path) -> dict[str, Any]:
     return found
 
 
-def launched(root: Path, *more: str, devices: int = 2) -> subprocess.Popen[str]:
+def launched(
+    root: Path, *more: str, devices: int = 2, settings: list[str] = SMALL
+) -> subprocess.Popen[str]:
     environment = rank_environment(0, 1, 1)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         del environment[name]
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *SMALL, f"hardware.devices={devices}", *more],
+        [sys.executable, "-m", "pipeline", *settings, f"hardware.devices={devices}", *more],
         cwd=root,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -310,6 +323,28 @@ def test_a_run_by_two_ranks_is_booked_once(mode: str, tmp_path: Path) -> None:
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
+@pytest.mark.slow
+def test_a_cache_that_two_ranks_capture_is_that_of_one(tmp_path: Path) -> None:
+    shards = list[dict[str, Any]]()
+    left_out = ("recipe", "training", "data")
+    small = [each for each in SMALL if not each.startswith(left_out)]
+    small += [
+        *("recipe=distill_cached", "stages.teacher.steps=2", "stages.student.steps=160"),
+        *("model.shape.hidden_size=64", "model.shape.layers=1", "model.shape.heads=1"),
+        *("student.layers=[0]", "stages.student.allow_weak_teacher=true"),
+    ]
+    for devices in (1, 2):
+        root = tmp_path / str(devices)
+        root.mkdir()
+        code, _, errors = ended([launched(root, devices=devices, settings=small)])[0]
+        assert code == 0, errors
+        [row] = [row for row in result_of(root)["rows"] if row["type"] == "capture"]
+        manifest = json.loads(Path(row["artifact"]["path"], "manifest.json").read_text())
+        shards.append(manifest["shards"])
+    assert len(shards[0]) > 2
+    assert [each["windows"] for each in shards[0]] == [each["windows"] for each in shards[1]]
+
+
 LONG = ("training.steps=4000", "training.checkpoint_every=5", "training.eval_every=4000")
 
 
@@ -329,6 +364,19 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint_and_75(whom: str, tmp_path: 
     assert result_of(tmp_path)["status"] == "KILLED"
     again = ended([launched(tmp_path, *LONG, "budget.device_hours=1e-9")])[0]
     assert again[0] == 7
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_ctrl_c_stops_all_with_a_checkpoint_and_130(tmp_path: Path) -> None:
+    launcher = launched(tmp_path, *LONG)
+    until_a_checkpoint(tmp_path, launcher)
+    os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+    code, _, errors = ended([launcher])[0]
+    assert code == 130, errors
+    assert "the same command resumes from there" in errors
+    assert len(errors.splitlines()) == 1
+    assert result_of(tmp_path)["status"] == "KILLED"
 
 
 @pytest.mark.slow

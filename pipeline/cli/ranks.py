@@ -20,7 +20,8 @@ from pipeline.training.ranks import place_in
 
 STARTED = "PIPELINE_STARTED_NS"  # when the command began: its start is part of the run
 ENDED_WITHIN_S = 120  # what a rank has for its checkpoint once it is told to end
-SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGUSR2"
+# which the agent passes on; at Ctrl-C, which reaches this process alone, it ends ranks by SIGTERM
+SIGNALS = "SIGTERM,SIGUSR1,SIGUSR2"
 
 
 def is_silent(environment: Mapping[str, str] = os.environ) -> bool:
@@ -125,6 +126,8 @@ def start_ranks(count: int, args: Sequence[str], started_ns: int) -> int:
     except ChildFailedError as failed:
         codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         return codes.get(0, Exit.REFUSED) if codes.get(0, 0) > 0 else Exit.REFUSED
-    except SignalException as stop:
-        return Exit.INTERRUPTED if stop.sigval.name == "SIGINT" else Exit.PREEMPTED
+    except SignalException:
+        return Exit.PREEMPTED
+    except KeyboardInterrupt:  # the first rank says so
+        return Exit.INTERRUPTED
     return Exit.DONE

@@ -1,9 +1,9 @@
 """What ranks other than the first do: they wait for what the first one tells them, and do their
 share of the stages that are split.
 
-They write nothing: no journal, no checkpoint, no artifact, no line. What they would leave in a
-stage's folder is thrown away. A rank that fails by itself says why and ends, which the first one
-finds out at its next step.
+They write nothing but their shards of a teacher's cache: no journal, no checkpoint, no artifact, no
+line. What they would leave in a stage's folder is thrown away. A rank that fails by itself says why
+and ends, which the first one finds out at its next step.
 """
 
 from __future__ import annotations

@@ -75,6 +75,10 @@ class CaptureSettings(Stage):
         """Return that of the teacher."""
         return [precision_in_force(self, key, run, trains=False)]
 
+    def is_split(self, run: Run) -> bool:
+        """Return that shards are: each rank captures some."""
+        return True
+
     def check(self, key: str, run: Run) -> None:
         """Refuse what this stage cannot do, before any device is touched.
 

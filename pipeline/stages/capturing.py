@@ -10,6 +10,7 @@ is applied chunk by chunk: nothing of tokens x vocabulary exists beyond a chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ from pipeline.store.artifacts import check_room, write_json
 from pipeline.tasks.table import Task
 from pipeline.training.objective import NOT_INPUTS, columns_of, full_logits_note
 from pipeline.training.precision import arithmetic, compute_dtype, frozen, round_weights
+from pipeline.training.ranks import agreed_stop
 from pipeline.training.reading import (
     Documents,
     Examined,
@@ -108,6 +110,8 @@ def run_capture(stage: CaptureSettings, inputs: Mapping[str, Artifact], ctx: Con
         micro = settings.batch_size // settings.gradient_accumulation
         plan = list(_plan(rows, micro, settings.sequence_length))
     records = _all_shards(source, plan, micro, ctx)
+    if not ctx.ranks.is_first:  # the first one seals them
+        return Output()
     with ctx.clock.phase("checkpoint"):
         facts = _facts(source, settings, inputs[TEACHER], tokenizer, ctx.data.digest)
         # Hard links where the disk has them: shards are not written twice.
@@ -218,24 +222,38 @@ def _plan(rows: np.ndarray, micro: int, sequence_length: int) -> Iterator[list[i
 def _all_shards(
     source: _Source, plan: Sequence[list[int]], micro: int, ctx: Context
 ) -> list[Shard]:
-    """Capture the shards that are not there yet; return the records of all, by number.
+    """Capture the shards that are not there yet, in turns of one a rank; return the records of
+    all, by number.
 
     Raises:
         Exception: What `ctx.should_stop` names, between two shards.
     """
-    found = _verified(ctx, len(plan))
+    ranks = ctx.ranks
+    found: dict[int, Shard] = ranks.told(_verified(ctx, len(plan)) if ranks.is_first else None)
+    missing = [number for number in range(len(plan)) if number not in found]
     done = sum(len(rows) for number, rows in enumerate(plan) if number in found)
     tokens = sum(record["tokens"] for record in found.values())
     step = max((record["step"] for record in found.values()), default=0)
     with ctx.progress(ctx.stage, sum(map(len, plan))) as advance:
-        for number, rows in enumerate(plan):
-            if number in found:
-                continue
-            step += 1
-            found[number] = _one_shard(source, rows, number, step, micro, ctx)
-            done, tokens = done + len(rows), tokens + found[number]["tokens"]
+        for start in range(0, len(missing), ranks.size):
+            turn = missing[start : start + ranks.size]
+            made = None
+            if ranks.rank < len(turn):
+                number = turn[ranks.rank]
+                own = step + 1 + ranks.rank
+                made = _one_shard(source, plan[number], number, own, micro, ctx)
+            step += len(turn)
+            with ctx.clock.phase("comm_wait") if ranks.several else nullcontext():
+                everyones = ranks.gathered(made)
+                stop = agreed_stop(ctx.should_stop(), ranks)
+            found |= {
+                number: record
+                for number, record in zip(turn, everyones, strict=False)
+                if record is not None
+            }
+            done += sum(len(plan[number]) for number in turn)
+            tokens += sum(found[number]["tokens"] for number in turn)
             advance(done, tokens)
-            stop = ctx.should_stop()
             # With the last shard there is nothing left to resume.
             if stop is not None and len(found) < len(plan):
                 raise stop(

@@ -220,7 +220,7 @@ def _check_ranks(stage: TrainingOverrides, name: str, run: Run, ranks: int) -> N
     rows = batch // settings.gradient_accumulation
     if rows < ranks:
         setting = "batch_size" if settings.start_batch_size is None else "start_batch_size"
-        problem = f"{how_many(rows, 'sequence')} of a micro-batch do not reach {ranks} ranks"
+        problem = f"a micro-batch of {how_many(rows, 'sequence')} has too few for {ranks} ranks"
         least = ranks * settings.gradient_accumulation
         raise UserError(deciding(stage, name, run, setting), problem, f"give {least} or more")
     if precision is Precision.auto:

@@ -23,7 +23,7 @@ from pipeline.config.settings.parallel import ParallelConfig
 from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import num_targets, num_tokens
-from pipeline.errors import BudgetSpent, Preempted, StageFailed, one_line
+from pipeline.errors import BudgetSpent, StageFailed, one_line
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
@@ -39,15 +39,13 @@ from pipeline.training.overlapping import Overlapping
 from pipeline.training.parallel import Shared, SharedWeights, is_sharded, share
 from pipeline.training.precision import matmuls
 from pipeline.training.prefetch import Batches, made_ahead
-from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.ranks import ALONE, STOPS, Ranks
 from pipeline.training.schedule import is_constant, learning_rate
 
 # Waiting for every loss would leave the device idle while the host prepares the next step.
 LATE = 4  # steps a loss reading may be late on an accelerator; also how far the host may run ahead
 # Share of the past in the smoothed loss: one unlucky batch is no divergence.
 SMOOTHING = 0.9
-STOPS: tuple[type[Exception] | None, ...] = (None, Preempted, BudgetSpent)
-"""Why a training stops between two steps; where ranks differ, the last of these wins."""
 
 
 @dataclass(slots=True)
@@ -292,7 +290,7 @@ class _Loop:
         """Return whether any rank is to stop, and why, and whether any finds a checkpoint due."""
         if not self.ranks.several:
             return stop, due
-        found = self.ranks.largest(STOPS.index(stop), int(due))
+        found = self.ranks.largest(STOPS.index(stop), int(due))  # at once: it is asked each step
         return STOPS[found[0]], bool(found[1])
 
     def _update(self) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from pipeline.errors import StageFailed, UserError, one_line
+from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError, one_line
 
 Thing = TypeVar("Thing")
 FAILED = "failed"  # what the first rank that failed says of it
@@ -207,6 +207,13 @@ class Ranks:
 
 
 ALONE = Ranks()
+STOPS: tuple[type[Exception] | None, ...] = (None, Preempted, BudgetSpent)
+"""Why work stops between two steps; where ranks differ, the last of these wins."""
+
+
+def agreed_stop(stop: type[Exception] | None, ranks: Ranks) -> type[Exception] | None:
+    """Return why all are to stop, where any rank has a reason."""
+    return STOPS[ranks.largest(STOPS.index(stop))[0]] if ranks.several else stop
 
 
 def _answered(ask: Any) -> None:

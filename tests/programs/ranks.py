@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -189,6 +190,8 @@ def main() -> None:
     place = place_in()
     assert place is not None
     torch.set_num_threads(1)
+    if place.size == 4:  # as if on two hosts
+        socket.gethostname = lambda: f"host-{place.rank // 2}"
     ranks = join(place, backend="gloo", timeout_seconds=60)
     file, names = Path(sys.argv[1]), sys.argv[2:]
     found = {name: CASES[name](ranks, file.parent / name.replace(", ", "-")) for name in names}
