@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ from pipeline.config.settings.parallel import Parallel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.run import Run
 from pipeline.config.settings.training import Compile
-from pipeline.errors import UserError
+from pipeline.errors import Preempted, UserError
+from pipeline.ledger.phases import PhaseClock
+from pipeline.runs.timeline import Timeline
 from pipeline.stages.settings import _check_ranks
 from pipeline.stages.train import TrainStage
 from pipeline.training.parallel import Shared, layers_in
@@ -435,3 +438,21 @@ def test_ranks_that_never_come_are_said(tmp_path: Path) -> None:
     assert done.stderr.startswith("refused: MASTER_ADDR: 2 ranks do not meet at 127.0.0.1:")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "mlruns/runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("elapsed_s", "stops"), [(0.0, False), (39.0, False), (41.0, True), (101.0, True)]
+)
+def test_a_schedulers_limit_stops_a_stage_in_time(elapsed_s: float, stops: bool) -> None:
+    """60 s are kept for the checkpoint of 100."""
+    run = Run()
+    run.budget.wall_seconds = 100.0
+    clock = PhaseClock(lambda: int((7 + elapsed_s) * 1e9))
+    session = SimpleNamespace(run=run, clock=clock, started_ns=7 * 10**9, devices=1)
+    timeline = Timeline(session)  # pyright: ignore[reportArgumentType]
+    assert timeline.should_stop() is (Preempted if stops else None)
+    if stops:
+        with pytest.raises(Preempted, match="between stages"):
+            timeline.check_budget()
+    run.budget.wall_seconds = None
+    assert timeline.should_stop() is None

@@ -190,6 +190,9 @@ RULES: dict[str, Rule] = {
     "serving.draft_tokens": (
         lambda run: None if run.serving.draft is not None else "without serving.draft"
     ),
+    "budget.wall_reserve_seconds": (
+        lambda run: None if run.budget.wall_seconds is not None else "without budget.wall_seconds"
+    ),
     "serving.volume": _not_served,
     "serving.rate": _not_served,
     "policy": _no_gate,

@@ -272,6 +272,10 @@ def _check_rest(run: Run) -> None:
     check_owner(
         {name: getattr(run.tracking, name) for name in OWNER}, required=run.tracking.require_owner
     )
+    wall, reserve = run.budget.wall_seconds, run.budget.wall_reserve_seconds
+    if wall is not None and reserve >= wall:
+        problem = f"{reserve:g} s are kept of {wall:g} s: nothing is left to run in"
+        raise UserError("budget.wall_reserve_seconds", problem, "give a smaller number")
     devices = run.hardware.devices
     if devices != ALL and (
         isinstance(devices, bool) or not isinstance(devices, int) or devices < 1

@@ -231,6 +231,14 @@ class Timeline:
         limit = self.session.run.budget.device_hours
         return limit is not None and self.spent_hours() >= limit
 
+    def is_out_of_wall(self) -> bool:
+        """Return whether what is left of `budget.wall_seconds` is wanted for a checkpoint."""
+        session, budget = self.session, self.session.run.budget
+        if budget.wall_seconds is None:
+            return False
+        elapsed_s = (session.clock.now_ns() - session.started_ns) / 1e9
+        return elapsed_s >= budget.wall_seconds - budget.wall_reserve_seconds
+
     def check_budget(self) -> None:
         """Start nothing that must stop at once.
 
@@ -242,14 +250,15 @@ class Timeline:
             raise BudgetSpent(
                 f"budget.device_hours: {limit} is spent; raise it to resume from here"
             )
-        if self.stop_signal is not None:
+        if self.stop_signal is not None or self.is_out_of_wall():
             raise Preempted("stopped between stages; the same command resumes from there")
 
     def should_stop(self) -> type[Exception] | None:
         """Return what a stage is to end with between two steps, or None."""
         if self.is_spent():
             return BudgetSpent
-        return None if self.stop_signal is None else Preempted
+        stops = self.stop_signal is not None or self.is_out_of_wall()
+        return Preempted if stops else None
 
     @contextmanager
     def hold(self, key: str, what: str) -> Generator[None]:

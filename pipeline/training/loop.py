@@ -23,6 +23,7 @@ from pipeline.config.settings.parallel import ParallelConfig
 from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.config.settings.training import TrainingConfig
 from pipeline.data.batches import num_targets, num_tokens
+from pipeline.distillation.losses import Sums
 from pipeline.errors import BudgetSpent, StageFailed, one_line
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
@@ -279,7 +280,33 @@ class _Loop:
             if self.masters is not None:
                 self.masters.take_gradients()
             kind = "sampled" if "sampled" in part else "text"
+        done = self._of_all_ranks(done, num_targets(part))
+        with self.clock.phase("backward"):
             self.pending.append(_on_its_way(self.progress.step, done, device, kind))
+
+    def _of_all_ranks(self, done: StepLoss, targets: int) -> StepLoss:
+        """Return the losses of a micro-batch by those of this rank's rows; on the device, so that
+        no rank waits to read them.
+
+        Args:
+            targets: Of the micro-batch.
+        """
+        if not self.ranks.several:
+            return done
+        share = done.count / max(targets, 1)
+        means = (done.loss * share, *(part * share for part in done.drawn.values()))
+        parts = (done.parts.ce, done.parts.divergence, *means)
+        values = torch.stack([part.detach().float() for part in parts])
+        with self.clock.phase("comm_wait"):
+            self.ranks.add_up(values)
+        ce, divergence, loss, *drawn = values
+        return replace(
+            done,
+            loss=loss,
+            parts=Sums(ce, divergence),
+            count=targets,
+            drawn=dict(zip(done.drawn, drawn, strict=True)),
+        )
 
     @property
     def ranks(self) -> Ranks:
@@ -322,9 +349,6 @@ class _Loop:
                     reading.event.synchronize()
                 # The device computes steps meanwhile; evaluations are timed apart.
                 self.progress.step_ns += self.clock.now_ns() - before
-            if self.ranks.several:
-                with self.clock.phase("comm_wait"):
-                    reading = _of_all(reading, self.ranks)
             with self.clock.phase("log"):
                 _account(reading, self.progress, self.settings, self.hooks)
 
@@ -590,16 +614,6 @@ def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "te
     how = (done.ce_weight, tuple(done.drawn), kind)
     there, event = device_of(device).fetch(values)
     return Reading(step, there, done.count, event, *how)
-
-
-def _of_all(reading: Reading, ranks: Ranks) -> Reading:
-    """Return the losses of all ranks' rows of a micro-batch, by those of each."""
-    loss, ce, divergence, *drawn = (float(value) for value in reading.values)
-    means = [value * reading.count for value in (loss, *drawn)]
-    count, ce, divergence, *means = ranks.sums([float(reading.count), ce, divergence, *means])
-    loss, *drawn = (value / max(count, 1.0) for value in means)
-    values = torch.tensor([loss, ce, divergence, *drawn], dtype=torch.float64)
-    return replace(reading, values=values, count=int(count))
 
 
 def _part(weight: float, value: float) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -133,16 +133,12 @@ class Ranks:
         _answered(lambda: dist.all_reduce(found, dist.ReduceOp.MAX))
         return [int(each) for each in found.tolist()]
 
-    def sums(self, values: Sequence[float]) -> list[float]:
-        """Return the sum of each value over all ranks, in fp64."""
-        if not self.several:
-            return list(values)
-        import torch
-        import torch.distributed as dist
+    def add_up(self, values: Any) -> None:
+        """Replace a tensor by its sum over all ranks, where it is."""
+        if self.several:
+            import torch.distributed as dist
 
-        found = torch.tensor(values, dtype=torch.float64)
-        _answered(lambda: dist.all_reduce(found))
-        return [float(each) for each in found.tolist()]
+            _answered(lambda: dist.all_reduce(values))
 
     def meet(self) -> None:
         """Wait until all are here."""

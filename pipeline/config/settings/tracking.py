@@ -41,9 +41,11 @@ class TrackingConfig:
 class BudgetConfig:
     """A ceiling on what this run may spend."""
 
-    device_hours: Optional[float] = positive(
-        None
-    )  # a run that has spent them ends with exit code 7
+    # a run that has spent them ends with exit code 7
+    device_hours: Optional[float] = positive(None)
+    # that a scheduler gives this attempt; it stops with a checkpoint and exit code 75 before
+    wall_seconds: Optional[float] = positive(None)
+    wall_reserve_seconds: float = positive(60.0)  # before wall_seconds are over
 
 
 @dataclass(kw_only=True, slots=True)
