@@ -280,19 +280,17 @@ class _Loop:
             if self.masters is not None:
                 self.masters.take_gradients()
             kind = "sampled" if "sampled" in part else "text"
-        done = self._of_all_ranks(done, num_targets(part))
+        done = self._of_all_ranks(done, part)
         with self.clock.phase("backward"):
             self.pending.append(_on_its_way(self.progress.step, done, device, kind))
 
-    def _of_all_ranks(self, done: StepLoss, targets: int) -> StepLoss:
+    def _of_all_ranks(self, done: StepLoss, part: dict[str, Tensor]) -> StepLoss:
         """Return the losses of a micro-batch by those of this rank's rows; on the device, so that
         no rank waits to read them.
-
-        Args:
-            targets: Of the micro-batch.
         """
         if not self.ranks.several:
             return done
+        targets = num_targets(part)
         share = done.count / max(targets, 1)
         means = (done.loss * share, *(part * share for part in done.drawn.values()))
         parts = (done.parts.ce, done.parts.divergence, *means)
