@@ -30,7 +30,7 @@ class DistillStage(DistillSettings):
     """The stage `distill`."""
 
     type: ClassVar[str] = "distill"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Train and leave the model in `ctx.out`."""

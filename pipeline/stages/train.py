@@ -32,7 +32,7 @@ class TrainStage(TrainingOverrides):
 
     type: ClassVar[str] = "train"
     # part of the artifact's key: raise it when the same settings train another model
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     def references(self, run: Run) -> dict[str, Reference]:
         """Return what its weights start from, and the stage that it is like or matches."""
