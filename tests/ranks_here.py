@@ -38,16 +38,24 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def start(
-    commands: Sequence[Sequence[str]], cwd: Path, *, port: int | None = None
+    commands: Sequence[Sequence[str]],
+    cwd: Path,
+    *,
+    port: int | None = None,
+    size: int | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """Start one rank for each command, which begins after `python`."""
+    """Start one rank for each command, which begins after `python`.
+
+    Args:
+        size: Ranks that there are said to be; None: as many as commands.
+    """
     port = free_port() if port is None else port
     more: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [
         subprocess.Popen(
             [sys.executable, *command],
             cwd=cwd,
-            env=rank_environment(rank, len(commands), port),
+            env=rank_environment(rank, size or len(commands), port),
             **more,
         )
         for rank, command in enumerate(commands)

@@ -421,6 +421,14 @@ def test_ranks_with_other_settings_are_refused_in_one_line(tmp_path: Path) -> No
     assert found[1][1:] == ("", "")
 
 
+@pytest.mark.faults
+def test_several_jobs_by_ranks_from_outside_are_refused(tmp_path: Path) -> None:
+    command = ["-m", "pipeline", "-m", *SMALL, "seed=0,1"]
+    code, _, errors = ended(start([command], tmp_path, size=2))[0]
+    assert code == 1
+    assert "refused: --multirun: several jobs do not go with ranks" in errors
+
+
 @pytest.mark.slow
 @pytest.mark.faults
 def test_ranks_that_never_come_are_said(tmp_path: Path) -> None:

@@ -539,10 +539,17 @@ def _typed(
 def _execute(
     run: Any, command: str, started_ns: int, deliveries: Deliveries, *, argv: Sequence[str]
 ) -> int:
+    from hydra.core.hydra_config import HydraConfig
+
     from pipeline.cli.ranks import ranks_to_start, start_ranks
     from pipeline.runs.loop import execute
+    from pipeline.training.ranks import place_in
 
     count = ranks_to_start(run)
+    if place_in() is not None and HydraConfig.initialized():
+        # a rank whose job fails is waited for by the others, which are at the same job still
+        problem = "several jobs do not go with ranks that were started from outside"
+        raise UserError("--multirun", problem, "give hardware.devices=N, or a command for each job")
     if count > 1:
         return start_ranks(count, _of_this_job(argv), started_ns)
     return execute(run, command=command, started_ns=started_ns, deliveries=deliveries)

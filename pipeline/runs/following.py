@@ -59,7 +59,7 @@ class Share:
 
 @contextmanager
 def joined(run: Run, clock: PhaseClock) -> Generator[Ranks]:
-    """Meet the other ranks, where there are any; part in the end: at once where the run fails.
+    """Meet the other ranks, where there are any; part in the end.
 
     Raises:
         UserError: If they do not come, or were given other settings or other code.
@@ -78,11 +78,9 @@ def joined(run: Run, clock: PhaseClock) -> Generator[Ranks]:
         backend = device_of(device).collectives
         ranks = join(place, backend=backend, timeout_seconds=run.parallel.timeout_seconds)
         _check_same(run, ranks)
-    try:
-        yield ranks
-    except BaseException:
-        ranks.leave()
-        raise
+    # Where the run fails, the others find out when this process ends: parting in order would wait
+    # for a rank that is lost.
+    yield ranks
     if ranks.is_first:
         ranks.told(None)
     ranks.leave()
