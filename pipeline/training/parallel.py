@@ -165,8 +165,7 @@ def _averaged(step: _Step) -> Any:
     # Parts of a model may be read by no loss (a pooler), and a rank may have no target.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*find_unused_parameters.*")
-        # buffers are alike at the start, and no layer of these models changes its own
-        return DistributedDataParallel(step, find_unused_parameters=True, broadcast_buffers=False)
+        return DistributedDataParallel(step, find_unused_parameters=True)
 
 
 def _sharded(step: _Step, objective: Objective, ranks: Ranks, mode: Parallel) -> Any:
