@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from ranks_here import PROJECT, free_port
-from test_ranks import SMALL, result_of
+from test_several_ranks import SMALL, result_of
 
 EXAMPLES = PROJECT / "examples"
 SRUN = """#!/bin/bash

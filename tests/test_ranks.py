@@ -1,466 +1,227 @@
-"""Ranks: a training that several processes share is that of one with the whole batch, goes on to
-the bit, and ends as one.
-"""
+"""Ranks become one timeline: every second stands once, whatever lives the ranks had."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from few import few
-from ranks_here import PROJECT, ended, free_port, rank_environment, start
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.cli import ranks as cli_ranks
-from pipeline.cli.ranks import is_silent, ranks_to_start
-from pipeline.config.settings.parallel import Parallel
-from pipeline.config.settings.precision import Precision
-from pipeline.config.settings.run import Run
-from pipeline.config.settings.training import Compile
-from pipeline.errors import Preempted, UserError
-from pipeline.ledger.phases import PhaseClock
-from pipeline.runs.timeline import Timeline
-from pipeline.stages.settings import _check_ranks
-from pipeline.stages.train import TrainStage
-from pipeline.training.parallel import Shared, layers_in
-from pipeline.training.ranks import Place, Ranks, place_in
+from pipeline.ledger.ranks import (
+    IDLE,
+    NOT_COUNTED,
+    Life,
+    apportion,
+    counts,
+    lanes,
+    merge,
+    read_lives,
+    restarts,
+)
 
-PROGRAM = str(PROJECT / "tests/programs/ranks.py")
-SMALL = [
-    *("recipe=baseline", "hardware.device=cpu", "training.batch_size=4", "training.steps=8"),
-    *("training.sequence_length=32", "data.max_documents=40", "quality.max_documents=20"),
-    *("quality.bootstrap=200", "tracking.mlflow=false", "serving.blocks=4", "serving.batches=[1]"),
-    *("serving.load.prompt=16", "serving.load.new=2", "serving.load.batch=1"),
-]
+S = 10**9
 
 
-# -- the same training -----------------------------------------------------------------------------
+def life(start_ns: int, end_ns: int, *, phases: dict[str, int] | None = None, **more: Any) -> Life:
+    whole = {"forward": end_ns - start_ns}
+    return Life(
+        start_ns=start_ns, end_ns=end_ns, phases_ns=whole if phases is None else phases, **more
+    )
 
 
-def by_ranks(folder: Path, *cases: str, size: int = 2) -> dict[str, Any]:
-    file = folder / "found.json"
-    for code, output, errors in ended(start([[PROGRAM, str(file), *cases]] * size, folder)):
-        assert code == 0, output + errors
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two ranks found, in one group: starting them takes longer than training."""
-    cases = ("ddp, in parts", "fsdp, taught", "fsdp, resumed", "without sums", "averaged by rank")
-    return by_ranks(tmp_path_factory.mktemp("ranks"), *cases)
-
-
-@pytest.mark.parametrize("case", ["ddp, in parts", "fsdp, taught"])
-def test_two_ranks_train_what_one_process_does(case: str, found: dict[str, Any]) -> None:
-    """Targets are uneven, and in one step a rank has none; the vocabulary is odd."""
-    assert found[case]["apart"] < 1e-5
-    assert found[case]["same_on_all"]
-    tokens, alone = found[case]["tokens"]
-    assert tokens == alone
-    (loss,), (wanted,) = (each.values() for each in found[case]["loss"])
-    assert loss == pytest.approx(wanted, rel=1e-6)
-    assert not [name for name in found[case]["classes"] if "FSDP" in name]
-
-
-@pytest.mark.parametrize("case", ["without sums", "averaged by rank"])
-def test_what_is_compared_would_see_gradients_that_are_not_summed_rightly(
-    case: str, found: dict[str, Any]
-) -> None:
-    assert found[case]["apart"] > 0.1
-
-
-def test_a_training_that_goes_on_is_the_same_to_the_bit(found: dict[str, Any]) -> None:
-    """One rank alone was asked to stop: both did, after the same step."""
-    assert found["fsdp, resumed"]["equal"]
-
-
-@pytest.mark.slow
-def test_every_way_to_share_a_training_gives_the_same(tmp_path: Path) -> None:
-    exact = ("ddp", "ddp, taught", "ddp, classes", "fsdp", "fsdp, in parts")
-    rounded = ("ddp, bf16_pure", "fsdp, bf16_pure")
-    again = ("ddp, resumed", "ddp, resumed as fsdp", "fsdp, resumed alone")
-    found = by_ranks(tmp_path, *exact, *rounded, *again)
-    for case in (*exact, *again):
-        assert found[case]["apart"] < 1e-5, case
-    for case in rounded:  # a sum of two is rounded in bf16, and AdamW's first steps are signs
-        assert found[case]["apart"] < 0.1, case
-        assert found[case]["dtype"] == "torch.float32"
-    assert found["ddp, resumed"]["equal"]
-
-
-@pytest.mark.slow
-def test_three_ranks_share_rows_that_they_do_not_divide(tmp_path: Path) -> None:
-    found = by_ranks(tmp_path, "ddp", "fsdp, taught", size=3)
-    assert all(each["apart"] < 1e-4 for each in found.values())
-
-
-@pytest.mark.slow
-def test_four_ranks_of_two_hosts_share_within_and_average_between(tmp_path: Path) -> None:
-    found = by_ranks(tmp_path, "hsdp, taught", size=4)
-    assert found["hsdp, taught"]["apart"] < 1e-4
-    assert found["hsdp, taught"]["same_on_all"]
-
-
-def test_rows_are_shared_and_none_is_left() -> None:
-    rows = {"x": torch.arange(7)}
-    parts = [
-        Shared(Ranks(Place(rank, 3)), module=object()).own_rows(rows)["x"].tolist()
-        for rank in range(3)
+def test_two_ranks_of_a_cpu_host_share_it() -> None:
+    """10 s, two ranks: one from 2 to 8, one from 4 to 6. By hand, in halves of a second."""
+    lives = [
+        life(2 * S, 8 * S, rank=0, phases={"forward": 4 * S, "backward": 2 * S}),
+        life(4 * S, 6 * S, rank=1, phases={"comm_wait": 2 * S}),
     ]
-    assert parts == [[0, 1, 2], [3, 4], [5, 6]]
+    assert merge(lives, 0, 10 * S, ["host"]) == {
+        "forward": 2 * S,
+        "backward": S,
+        "comm_wait": S,
+        IDLE: S,
+        "other": (2 + 2) * S // 2 + (4 + 2) * S // 2,
+    }
 
 
-def test_the_layers_of_a_model_are_found() -> None:
-    from make_assess_models import tiny
-
-    from pipeline.tasks.table import Task
-
-    for task in (Task.causal_lm, Task.sequence_classification):
-        model = tiny(task)
-        assert len(layers_in(model)) == model.config.num_hidden_layers
+def test_ranks_of_gpus_have_one_each() -> None:
+    lives = [life(0, 10, rank=0, device="GPU-a"), life(0, 6, rank=1, device="GPU-b", world_size=2)]
+    lives[0] = life(0, 10, rank=0, device="GPU-a", world_size=2)
+    assert merge(lives, 0, 10, ["GPU-b", "GPU-a"]) == {"forward": 16, IDLE: 4}
 
 
-# -- which rank, and how many ----------------------------------------------------------------------
+def test_a_gpu_without_a_rank_is_other_unless_one_rank_drives_all() -> None:
+    first = life(0, 10, rank=0, local_rank=0, world_size=2)
+    assert merge([first], 0, 10, ["GPU-a", "GPU-b"]) == {"forward": 10, "other": 10}
+    alone = life(0, 10, device="GPU-b")
+    assert merge([alone], 0, 10, ["GPU-a", "GPU-b"]) == {"forward": 20}
 
-GIVEN = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+
+def test_restarts_share_a_lane_and_the_pause_between_is_other() -> None:
+    lives = [life(1, 4, rank=1), life(6, 9, rank=1), life(1, 4, rank=0), life(6, 10, rank=0)]
+    assert [[(one.start_ns, one.end_ns) for one in lane] for lane in lanes(lives)] == [
+        [(1, 4), (6, 10)],
+        [(1, 4), (6, 9)],
+    ]
+    assert restarts(lives) == 1
+    merged = merge(lives, 0, 10, ["host"])
+    assert merged == apportion({"forward": 13, "other": 6, IDLE: 1}, 10)
 
 
-@pytest.mark.parametrize(
-    ("more", "place"),
-    [
-        ({}, Place(1, 4, 1, 4)),
-        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, Place(1, 4, 0, 2)),
-        ({"RANK": "3", "LOCAL_WORLD_SIZE": "2"}, Place(3, 4, 1, 2)),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
-    ],
+def test_a_smaller_world_after_a_restart_leaves_an_idle_rank() -> None:
+    lives = [life(0, 4, rank=0), life(0, 4, rank=1), life(4, 10, rank=0)]
+    assert merge(lives, 0, 10, ["host"]) == {"forward": 7, IDLE: 3}
+
+
+def test_programs_at_the_same_time_under_one_rank_have_lanes_of_their_own() -> None:
+    assert len(lanes([life(0, 6), life(2, 8), life(6, 9)])) == 2
+
+
+def test_a_life_that_outlasts_the_command_is_cut_in_proportion() -> None:
+    long = life(5, 25, phases={"forward": 16, "eval": 4})
+    assert merge([long, life(30, 40), life(-9, -2)], 0, 15, ["host"]) == {
+        "other": 5,
+        "forward": 8,
+        "eval": 2,
+    }
+
+
+def test_a_life_of_no_length_at_the_commands_end_leaves_nobody_idle() -> None:
+    assert merge([life(0, 2, rank=0), life(10, 10, rank=1)], 0, 10, ["host"]) == merge(
+        [life(0, 2)], 0, 10, ["host"]
+    )
+
+
+LIVES = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.integers(0, 40),
+        st.integers(0, 20),
+        st.integers(0, 2),
+        st.integers(1, 3),
+    ),
+    max_size=7,
 )
-def test_the_environment_says_which_rank_it_is(more: dict[str, str], place: Place | None) -> None:
-    assert place_in({**GIVEN, **more}) == place
-    assert place_in({}) is None
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE: is empty"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is no number"),
-        ({"RANK": ""}, "RANK: is empty"),
-        ({"RANK": "4"}, "RANK: 4 is no rank of WORLD_SIZE=4"),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR: is not set, and WORLD_SIZE=4"),
-        ({"MASTER_PORT": ""}, "MASTER_PORT: is not set"),
-    ],
-)
-def test_half_an_environment_is_refused(more: dict[str, str], said: str) -> None:
-    with pytest.raises(UserError, match=said) as error:
-        place_in({**GIVEN, **more})
-    assert "hardware.devices=N" in str(error.value)
-
-
-def wanted(devices: Any, monkeypatch: pytest.MonkeyPatch, **environment: str) -> int:
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")] + [
-        *("RANK", "WORLD_SIZE", "SLURM_NTASKS", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    ]:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    run = Run()
-    run.hardware.device, run.hardware.devices = "cpu", devices
-    return ranks_to_start(run)
-
-
-def test_a_host_starts_as_many_ranks_as_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_ranks.os, "cpu_count", lambda: 4)
-    assert wanted(1, monkeypatch) == 1
-    assert wanted(4, monkeypatch) == 4
-    assert wanted("all", monkeypatch) == 1  # a CPU host is one device
-    with pytest.raises(UserError, match=r"hardware\.devices: 5 asked for, 4 there"):
-        wanted(5, monkeypatch)
-    outside = {**GIVEN, "LOCAL_WORLD_SIZE": "2"}
-    assert [wanted(devices, monkeypatch, **outside) for devices in (1, 2, "all")] == [1, 1, 1]
-    with pytest.raises(UserError, match="3 asked for, and 2 ranks are started"):
-        wanted(3, monkeypatch, **outside)
-
-
-def test_tasks_of_slurm_that_are_no_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"SLURM_NTASKS: Slurm started 2 tasks.*SLURM_PROCID"):
-        wanted(1, monkeypatch, SLURM_NTASKS="2")
-    assert wanted(1, monkeypatch, SLURM_NTASKS="1") == 1
-
-
-@pytest.mark.parametrize(
-    ("variable", "remedy"),
-    [
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "precision="),
-        ({"ACCELERATE_USE_FSDP": "true"}, "parallel.mode=fsdp"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "parallel.mode=fsdp"),
-    ],
-)
-def test_what_accelerate_launch_was_asked_for_is_not_passed_over(
-    variable: dict[str, str], remedy: str, monkeypatch: pytest.MonkeyPatch
+@given(LIVES, st.integers(1, 60), st.integers(1, 3))
+def test_every_tick_of_every_device_stands_once(
+    raw: list[tuple[int, ...]], end: int, num_devices: int
 ) -> None:
-    with pytest.raises(UserError, match=remedy) as error:
-        wanted(1, monkeypatch, **variable)
-    assert str(error.value).startswith(next(iter(variable)))
+    """Against a simulation that walks through the ticks one by one."""
+    devices = [f"GPU-{index}" for index in range(num_devices)]
+    lives = [
+        life(
+            start,
+            start + length,
+            rank=rank,
+            device=f"GPU-{gpu % num_devices}",
+            world_size=4,
+            phases={"forward": length // part, "eval": length - length // part},
+        )
+        for rank, start, length, gpu, part in raw
+    ]
+    merged = merge(lives, 0, end, devices)
+    assert sum(merged.values()) == end * num_devices
+    assert min(merged.values()) > 0
+    inside = [one for one in lives if one.start_ns < end]
+    if any(one.end_ns > end for one in inside):
+        return  # cut lives: their shares are a test of their own
+    last = max((one.end_ns for one in inside), default=0)
+    exact: dict[str, Fraction] = {}
+    for device in devices if num_devices > 1 else [None]:
+        own = lanes(one for one in inside if device in (None, one.device))
+        for lane in own:
+            for tick in range(end):
+                at = [one for one in lane if one.start_ns <= tick < one.end_ns]
+                assert len(at) <= 1
+                what = "life" if at else IDLE if lane[-1].end_ns <= tick < last else "other"
+                exact[what] = exact.get(what, Fraction(0)) + Fraction(1, len(own))
+        if not own:
+            exact["other"] = exact.get("other", Fraction(0)) + end
+    booked = {"life": merged.get("forward", 0) + merged.get("eval", 0)} | {
+        n: merged.get(n, 0) for n in (IDLE, "other")
+    }
+    for what, ticks in booked.items():
+        # whole nanoseconds: two parts, one rounding each
+        assert abs(ticks - exact.get(what, 0)) <= 2 * num_devices
 
 
-def test_one_process_on_a_cpu_is_said_to_be_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
-    assert wanted(1, monkeypatch, **asked) == 1
-    assert "hardware.devices=N starts several" in capsys.readouterr().out
-    wanted(1, monkeypatch, **asked, **GIVEN)
-    assert capsys.readouterr().out == ""
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 10**15), min_size=1),
+    st.integers(0, 10**16),
+)
+def test_apportioning_is_exact_and_fair(parts: dict[str, int], whole: int) -> None:
+    found = apportion(parts, whole)
+    assert sum(found.values()) == whole
+    if have := sum(parts.values()):
+        assert all(
+            abs(found.get(name, 0) - Fraction(part * whole, have)) < 1
+            for name, part in parts.items()
+        )
 
 
-def test_one_of_several_speaks() -> None:
-    assert [is_silent({"RANK": each}) for each in ("0", "1", "")] == [False, True, False]
-    assert [is_silent({"SLURM_PROCID": each}) for each in ("0", "3")] == [False, True]
-    assert not is_silent({"RANK": "0", "SLURM_PROCID": "3"})
+def test_counts_are_summed_over_ranks_and_steps_are_those_of_one() -> None:
+    lives = [
+        life(0, 1, rank=0, counts={"tokens": 10, "steps": 3}),
+        life(2, 3, rank=0, counts={"tokens": 5, "steps": 2}),
+        life(0, 1, rank=1, counts={"tokens": 10, "steps": 3, "flops": 7.5}),
+    ]
+    found = counts(lives)
+    assert {name: value.value for name, value in found.items()} == {
+        "tokens": 25,
+        "steps": 5,
+        "model_flops": 7.5,
+        "examples": None,
+    }
+    assert found["examples"].why_missing == NOT_COUNTED
+    assert found["model_flops"].provenance == "declared"
+
+
+def _raw(**changes: Any) -> dict[str, Any]:
+    return {
+        "host": "n1",
+        "rank": None,
+        "local_rank": None,
+        "world_size": None,
+        "device": None,
+        "device_name": None,
+        "start_ns": 5,
+        "end_ns": 9,
+        "phases_ns": {"forward": 4},
+        "counts": {},
+        "ended": True,
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("content", "said"),
     [
+        (_raw(), None),
         (
-            {"batch_size": 4, "gradient_accumulation": 2},
-            "batch_size: a micro-batch of 2 sequences has",
+            _raw(host="n2"),
+            "1 rank reported from another host, or torn; it is left out: meter each node",
         ),
-        ({"start_batch_size": 2}, "start_batch_size: a micro-batch of 2 sequences"),
-        ({"precision": Precision.auto}, "precision: auto times steps"),
-        ({"precision": Precision.fp16}, "parallel.mode: fsdp scales no losses"),
-        ({"compile": Compile.always}, "compile: always: fsdp gathers"),
+        (_raw(phases_ns={"forward": 3}), "1 rank's phases do not sum to its life; it is left out"),
+        (_raw(phases_ns={"thinking": 4}), "1 rank's phases do not sum to its life; it is left out"),
+        (
+            _raw(ended=False),
+            "1 rank ended without a last word: up to 2 s of it are booked as other",
+        ),
+        ("{", "1 rank reported from another host, or torn; it is left out: meter each node"),
     ],
 )
-def test_what_ranks_cannot_share_is_refused(changes: dict[str, Any], said: str) -> None:
-    run, stage = Run(), TrainStage(**changes)
-    run.parallel.mode = Parallel.fsdp
-    with pytest.raises(UserError) as error:
-        _check_ranks(stage, "plain", run, 3)
-    assert f"{said}" in str(error.value)
-
-
-# -- a run by several ranks ------------------------------------------------------------------------
-
-
-def result_of(root: Path) -> dict[str, Any]:
-    [path] = root.glob("mlruns/runs/*/result.json")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
-def launched(
-    root: Path, *more: str, devices: int = 2, settings: list[str] = SMALL
-) -> subprocess.Popen[str]:
-    environment = rank_environment(0, 1, 1)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        del environment[name]
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *settings, f"hardware.devices={devices}", *more],
-        cwd=root,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
-    """Return the processes of ranks by rank, as the kernel knows them."""
-    found: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            if parent == launcher.pid:
-                variables = (stat.parent / "environ").read_bytes().split(b"\0")
-                rank = [each for each in variables if each.startswith(b"RANK=")]
-                found |= {int(each[5:]): int(stat.parent.name) for each in rank}
-        except (OSError, ValueError):
-            continue
-    return found
-
-
-def until_a_checkpoint(root: Path, launcher: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 100
-    while time.monotonic() < until:
-        if list(root.glob("mlruns/store/checkpoints/*/step-*/manifest.json")):
-            return
-        assert launcher.poll() is None, launcher.communicate()
-        time.sleep(0.1)
-    pytest.fail("no checkpoint was written")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_a_run_by_two_ranks_is_booked_once(mode: str, tmp_path: Path) -> None:
-    """A host is one device, and its hours pass once, however many ranks share its cores."""
-    code, output, errors = ended([launched(tmp_path, f"parallel.mode={mode}")])[0]
-    assert code == 0, errors
-    assert output.count("baseline: running") == 1
-    assert errors == ""
-    result = result_of(tmp_path)
-    [row] = result["rows"]
-    assert row["status"] == "FINISHED"
-    ledger = row["ledger"]
-    seconds = sum(ledger["phases_ns"].values()) / 1e9
-    assert ledger["device_hours"]["attached"]["value"] * 3600 == pytest.approx(seconds)
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    assert ended([launched(alone, devices=1)])[0][0] == 0
-    [wanted] = result_of(alone)["rows"]
-    for name in ("steps", "tokens", "model_flops"):
-        assert ledger["counts"][name]["value"] == wanted["ledger"]["counts"][name]["value"]
-    ours, theirs = (each["quality"]["bits_per_byte"]["value"] for each in (row, wanted))
-    assert ours == pytest.approx(theirs, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_a_cache_that_two_ranks_capture_is_that_of_one(tmp_path: Path) -> None:
-    shards = list[dict[str, Any]]()
-    left_out = ("recipe", "training", "data")
-    small = [each for each in SMALL if not each.startswith(left_out)]
-    small += [
-        *("recipe=distill_cached", "stages.teacher.steps=2", "stages.student.steps=160"),
-        *("model.shape.hidden_size=64", "model.shape.layers=1", "model.shape.heads=1"),
-        *("student.layers=[0]", "stages.student.allow_weak_teacher=true"),
-    ]
-    for devices in (1, 2):
-        root = tmp_path / str(devices)
-        root.mkdir()
-        code, _, errors = ended([launched(root, devices=devices, settings=small)])[0]
-        assert code == 0, errors
-        [row] = [row for row in result_of(root)["rows"] if row["type"] == "capture"]
-        manifest = json.loads(Path(row["artifact"]["path"], "manifest.json").read_text())
-        shards.append(manifest["shards"])
-    assert len(shards[0]) > 2
-    assert [each["windows"] for each in shards[0]] == [each["windows"] for each in shards[1]]
-
-
-LONG = ("training.steps=4000", "training.checkpoint_every=5", "training.eval_every=4000")
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-@pytest.mark.parametrize("whom", few(["the launcher", "a rank"], 2))
-def test_a_signal_stops_all_ranks_with_a_checkpoint_and_75(whom: str, tmp_path: Path) -> None:
-    launcher = launched(tmp_path, *LONG)
-    until_a_checkpoint(tmp_path, launcher)
-    if whom == "the launcher":
-        launcher.send_signal(signal.SIGUSR1)
-    else:
-        os.kill(ranks_of(launcher)[1], signal.SIGTERM)
-    code, _, errors = ended([launcher])[0]
-    assert code == 75, errors
-    assert "the same command resumes from there" in errors
-    assert result_of(tmp_path)["status"] == "KILLED"
-    again = ended([launched(tmp_path, *LONG, "budget.device_hours=1e-9")])[0]
-    assert again[0] == 7
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-def test_ctrl_c_stops_all_with_a_checkpoint_and_130(tmp_path: Path) -> None:
-    launcher = launched(tmp_path, *LONG)
-    until_a_checkpoint(tmp_path, launcher)
-    os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
-    code, _, errors = ended([launcher])[0]
-    assert code == 130, errors
-    assert "the same command resumes from there" in errors
-    assert len(errors.splitlines()) == 1
-    assert result_of(tmp_path)["status"] == "KILLED"
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-@pytest.mark.parametrize(("number", "within"), [(signal.SIGKILL, 60), (signal.SIGSTOP, 60)])
-def test_a_rank_that_is_lost_ends_the_run_and_its_hours_are_kept(
-    number: signal.Signals, within: float, tmp_path: Path
+def test_what_ranks_left_is_read_with_its_flaws_said(
+    tmp_path: Path, content: Any, said: str | None
 ) -> None:
-    """Killed, or hung: then for as long as `parallel.timeout_seconds` says."""
-    launcher = launched(tmp_path, *LONG, "parallel.timeout_seconds=20")
-    until_a_checkpoint(tmp_path, launcher)
-    lost, begun = ranks_of(launcher)[1], time.monotonic()
-    os.kill(lost, number)
-    try:
-        code, _, errors = ended([launcher], timeout=within + 130)[0]
-    finally:
-        with suppress(ProcessLookupError):  # one that was stopped is still there
-            os.kill(lost, signal.SIGKILL)
-    assert code == 1, errors
-    assert "a rank does not answer any more" in errors
-    assert len(errors.splitlines()) == 1
-    result = result_of(tmp_path)
-    assert result["status"] == "FAILED"
-    [row] = result["rows"]
-    assert row["ledger"]["device_hours"]["attached"]["value"] > 0
-    assert time.monotonic() - begun < within + 130
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-def test_ranks_with_other_settings_are_refused_in_one_line(tmp_path: Path) -> None:
-    commands = [["-m", "pipeline", *SMALL, f"seed={rank}"] for rank in range(2)]
-    found = ended(start(commands, tmp_path))
-    assert [code for code, _, _ in found] == [1, 1]
-    assert found[0][2] == (
-        "refused: RANK: rank 0 and 1 rank (1) have different settings; give every rank the same"
-        " command and the same checkout\n"
-    )
-    assert found[1][1:] == ("", "")
-
-
-@pytest.mark.faults
-def test_several_jobs_by_ranks_from_outside_are_refused(tmp_path: Path) -> None:
-    command = ["-m", "pipeline", "-m", *SMALL, "seed=0,1"]
-    code, _, errors = ended(start([command], tmp_path, size=2))[0]
-    assert code == 1
-    assert "refused: --multirun: several jobs do not go with ranks" in errors
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-def test_ranks_that_never_come_are_said(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline", *SMALL, "parallel.timeout_seconds=3"]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=rank_environment(0, 2, free_port()),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("refused: MASTER_ADDR: 2 ranks do not meet at 127.0.0.1:")
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "mlruns/runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("elapsed_s", "stops"), [(0.0, False), (39.0, False), (41.0, True), (101.0, True)]
-)
-def test_a_schedulers_limit_stops_a_stage_in_time(elapsed_s: float, stops: bool) -> None:
-    """60 s are kept for the checkpoint of 100."""
-    run = Run()
-    run.budget.wall_seconds = 100.0
-    clock = PhaseClock(lambda: int((7 + elapsed_s) * 1e9))
-    session = SimpleNamespace(run=run, clock=clock, started_ns=7 * 10**9, devices=1)
-    timeline = Timeline(session)  # pyright: ignore[reportArgumentType]
-    assert timeline.should_stop() is (Preempted if stops else None)
-    if stops:
-        with pytest.raises(Preempted, match="between stages"):
-            timeline.check_budget()
-    run.budget.wall_seconds = None
-    assert timeline.should_stop() is None
+    (tmp_path / "ranks").mkdir()
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "ranks" / "n1-7-5.json").write_text(text)
+    lives, notes = read_lives(tmp_path, "n1")
+    assert notes == ([] if said is None else [said])
+    assert lives == ([] if said and "left out" in said else [life(5, 9, ended=said is None)])
