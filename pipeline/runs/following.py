@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.settings.run import Run
 from pipeline.data.load import load_dataset
-from pipeline.errors import BudgetSpent, Exit, Preempted, StageFailed, UserError
+from pipeline.errors import BudgetSpent, DeviceLost, Exit, Preempted, StageFailed, UserError
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.numbers import how_many
 from pipeline.ledger.phases import PhaseClock
@@ -139,7 +139,7 @@ def _as_the_first_one_sees_it() -> Generator[None]:
     """Pass over what ends a stage on all ranks at once: the first one decides what follows."""
     try:
         yield
-    except RankLost:
+    except DeviceLost:
         raise
     except (UserError, StageFailed, Preempted, BudgetSpent):
         pass

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings.parallel import Parallel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.run import Run
 from pipeline.errors import BudgetSpent, Preempted
@@ -39,6 +38,7 @@ from pipeline.stages.context import Output
 
 NEVER = "not read when the artifact was made"
 LOST = "the quantized model's loss is no number"
+BY_FIRST = ("checkpoint", "eval", "log")  # phases of a split stage that the first rank does
 ELSEWHERE = "measured while the artifact was made; see that row"
 
 
@@ -128,18 +128,14 @@ def make_row(
     }
 
 
-BY_FIRST = ("checkpoint", "eval", "log")  # phases of a split stage that the first rank does
-SHARDED = (Parallel.fsdp, Parallel.hsdp)  # each rank evaluates, with its shares of the weights
-
-
 def by_first(run: Run, stage: Stage) -> Callable[[str], bool]:
     """Return what tells of a phase of a stage's work whether the first rank does it while the
     others wait.
     """
     if not stage.is_split(run):
         return lambda _: True
-    shared = ("eval",) if run.parallel.mode in SHARDED else ()
-    return lambda phase: phase in BY_FIRST and phase not in shared
+    # where ranks share the weights, each evaluates
+    return lambda phase: phase in BY_FIRST and not (phase == "eval" and run.parallel.mode.shards)
 
 
 def by_first_alone(_: str) -> bool:

@@ -122,14 +122,10 @@ class StageRunner:
         _refuse_gone(stage.inputs(self.running.session.run), inputs)
         # Before the key: a control's budget of FLOPs is a part of what it makes.
         matched = self._matched_flops(stage)
-        asked = (self.running.session, name, stage, inputs, self.seed, matched)
-        key = stage_key(*asked)
+        key = stage_key(self.running.session, name, stage, inputs, self.seed, matched)
         with timeline.hold(key, name):  # another process may be at it: then find it done
             # Looked up while the lock is held: who waited for it finds the work done.
-            # a stage goes on with another number of devices than it was begun on
-            checkpoints = self.running.session.store.root / "checkpoints"
-            checkpoints /= stage_key(*asked, devices=1)
-            made = self._recall(key) or self._make(name, stage, inputs, key, checkpoints)
+            made = self._recall(key) or self._make(name, stage, inputs, key, matched)
             artifact = Artifact.from_json(made["artifact"])
             assessed = None
             # a teacher cache has no quality; a fallback is read as it is made
@@ -174,15 +170,22 @@ class StageRunner:
             return self.running.session.store.recall("keys", key, MADE)
 
     def _make(
-        self, name: str, stage: Stage, inputs: Mapping[str, Artifact], key: str, checkpoints: Path
+        self,
+        name: str,
+        stage: Stage,
+        inputs: Mapping[str, Artifact],
+        key: str,
+        matched: float | None,
     ) -> Made:
         """Do a stage's work inside its window and commit its artifact; return what the store
         remembers of it.
-
-        Args:
-            checkpoints: Their folder.
         """
         session, timeline, book = (self.running.session, self.running.timeline, self.running.book)
+        # a stage goes on with another number of devices than it was begun on
+        begun = key
+        if session.devices > 1:
+            begun = stage_key(session, name, stage, inputs, self.seed, matched, devices=1)
+        checkpoints = session.store.root / "checkpoints" / begun
         timeline.check_budget()
         several = f" (seed {self.seed})" if len(session.seeds) > 1 else ""
         print(f"{name}{several}: running", flush=True)

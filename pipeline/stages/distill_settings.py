@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from pipeline.config.arms import BASE, STUDENT_INIT
 from pipeline.config.settings.distillation import Divergence, HeadKernel
-from pipeline.config.settings.parallel import Parallel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
 from pipeline.config.settings.run import Run
@@ -139,7 +138,7 @@ class DistillSettings(TrainingOverrides):
         from pipeline.distillation.kernels import why_not
 
         TrainingOverrides.refuse_device(self, key, run, device)
-        sharded = run.parallel.mode in (Parallel.fsdp, Parallel.hsdp) and place_in() is not None
+        sharded = run.parallel.mode.shards and place_in() is not None
         if sharded and self.on_policy:
             problem = f"a student that is shared out ({run.parallel.mode.value}) writes nothing"
             raise UserError(f"{key}.on_policy", problem, "give parallel.mode=ddp")

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Optional
 
 from pipeline.config.arms import BASE, STUDENT_INIT
-from pipeline.config.settings.parallel import Parallel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
 from pipeline.config.settings.run import Run
@@ -227,7 +226,7 @@ def _check_ranks(stage: TrainingOverrides, name: str, run: Run, ranks: int) -> N
         key = precision_in_force(stage, f"stages.{name}", run).setting
         problem = f"auto times steps, and {ranks} ranks might choose differently"
         raise UserError(key, problem, "name a precision")
-    if run.parallel.mode not in (Parallel.fsdp, Parallel.hsdp):
+    if not run.parallel.mode.shards:
         return
     mode = run.parallel.mode.value
     if precision is Precision.fp16:
@@ -494,7 +493,7 @@ def _check_optimizer(settings: TrainingConfig, key: str, run: Run) -> None:
     if find_spec(library) is None:
         problem = f"{kind.value} needs {library}, which is not installed"
         raise UserError(f"{key}.optimizer", problem, "pip install -e '.[quant]'")
-    if run.parallel.mode in (Parallel.fsdp, Parallel.hsdp):
+    if run.parallel.mode.shards:
         problem = f"the moments of {kind.value} are not shared among ranks"
         raise UserError(f"{key}.optimizer", problem, "give adamw, or parallel.mode=ddp")
 

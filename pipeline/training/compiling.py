@@ -220,8 +220,6 @@ class Compiling:
         if self.record["chosen"] is None and wanted is not Compile.always:
             if wanted is Compile.never:
                 self._settle("eager", "training.compile=never")
-            elif self.settings.deterministic:
-                self._settle("eager", "training.deterministic: no choice by time")
             elif not may_compile(self.objective):
                 self._settle("eager", "hooks read it, or what it writes has every length")
         chosen = self.record["chosen"]

@@ -276,10 +276,9 @@ class _Loop:
             with self.clock.phase("backward"), matmuls(precision, device):
                 share = self.shared.share(done.count, targets)
                 self.scaler.scale(done.loss * share).backward()
-        with self.clock.phase("backward"):
-            if self.masters is not None:
-                self.masters.take_gradients()
-            kind = "sampled" if "sampled" in part else "text"
+                if self.masters is not None:
+                    self.masters.take_gradients()
+        kind = "sampled" if "sampled" in part else "text"
         done = self._of_all_ranks(done, part)
         with self.clock.phase("backward"):
             self.pending.append(_on_its_way(self.progress.step, done, device, kind))
@@ -470,15 +469,17 @@ class _Ways:
         compiled = Compiling(
             loop.settings, loop.objective, progress.compiling, loop.clock, found.say
         )
-        if loop.ranks.several:  # each would time its own steps, and choose for itself
-            compiled.untimed("several ranks")
         overlap = Overlapping(
             loop.objective, progress.overlapping, is_due=lambda: compiled.is_settled
         )
+        why = None
         if loop.ranks.several:
-            overlap.untimed("several ranks")
+            why = "several ranks: each would time its own steps, and choose for itself"
         elif loop.settings.deterministic:
-            overlap.untimed("training.deterministic: no choice by time")
+            why = "training.deterministic: no choice by time"
+        if why is not None:
+            compiled.untimed(why)
+            overlap.untimed(why)
         return cls(compiled, overlap)
 
     @property

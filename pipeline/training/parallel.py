@@ -67,7 +67,7 @@ class Shared:
     @property
     def is_sharded(self) -> bool:
         """Whether a rank holds a part of the weights alone."""
-        return self.module is not None and self.mode is not Parallel.ddp
+        return self.module is not None and self.mode.shards
 
     def computed(self, objective: Objective, part: dict[str, Tensor]) -> StepLoss:
         """Return the loss of a rank's rows of a micro-batch."""
@@ -146,7 +146,7 @@ class Shared:
 
 def is_sharded(ranks: Ranks, mode: Parallel) -> bool:
     """Return whether a rank will hold a part of the weights alone."""
-    return ranks.several and mode in (Parallel.fsdp, Parallel.hsdp)
+    return ranks.several and mode.shards
 
 
 def share(trained: Any, objective: Objective, ranks: Ranks, mode: Parallel) -> Shared:

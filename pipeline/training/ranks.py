@@ -20,15 +20,19 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError, one_line
+from pipeline.errors import BudgetSpent, DeviceLost, Preempted, StageFailed, UserError, one_line
 
 Thing = TypeVar("Thing")
 FAILED = "failed"  # what the first rank that failed says of it
 PATIENCE = timedelta(days=30)  # of ranks that wait for what rank 0 tells them
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+START_ALL = (
+    "start all ranks by hardware.devices=N, torchrun, or one scheduler task a rank; or unset"
+    f" {', '.join(NAMES)}"
+)
 
 
-class RankLost(StageFailed):
+class RankLost(DeviceLost):
     """Another rank does not answer any more."""
 
 
@@ -61,12 +65,12 @@ def place_in(environment: Mapping[str, str] = os.environ) -> Place | None:
     local = _number("LOCAL_RANK", environment) if "LOCAL_RANK" in environment else None
     on_host = environment.get("LOCAL_WORLD_SIZE") or str(size)
     if size < 1 or not 0 <= rank < size:
-        raise UserError("RANK", f"{rank} is no rank of WORLD_SIZE={size}", _start_all())
+        raise UserError("RANK", f"{rank} is no rank of WORLD_SIZE={size}", START_ALL)
     if size == 1:
         return None
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     if missing:
-        raise UserError(missing[0], f"is not set, and WORLD_SIZE={size}", _start_all())
+        raise UserError(missing[0], f"is not set, and WORLD_SIZE={size}", START_ALL)
     there = int(on_host) if on_host.isdecimal() else size
     return Place(rank, size, rank % there if local is None else local, there)
 
@@ -75,15 +79,8 @@ def _number(name: str, environment: Mapping[str, str]) -> int:
     value = environment.get(name, "")
     if not value.isdecimal():
         said = "is empty" if not value else f"{one_line(value, 20)!r} is no number"
-        raise UserError(name, said, _start_all())
+        raise UserError(name, said, START_ALL)
     return int(value)
-
-
-def _start_all() -> str:
-    return (
-        "start all ranks by hardware.devices=N, torchrun, or one scheduler task a rank; or unset"
-        f" {', '.join(NAMES)}"
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,11 @@ class Parallel(Enum):
     fsdp = "fsdp"  # a share of every layer (FSDP2); gathered when it is computed
     hsdp = "hsdp"  # as fsdp within a host, and as ddp between hosts
 
+    @property
+    def shards(self) -> bool:
+        """Whether a rank holds a part of the weights alone."""
+        return self in (Parallel.fsdp, Parallel.hsdp)
+
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:

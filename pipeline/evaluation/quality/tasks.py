@@ -534,8 +534,8 @@ def _seeded(device: Any) -> Generator[None]:
 
     python, of_numpy = random.getstate(), np.random.get_state()
     try:
-        own = device_of(device).generators() if isinstance(device, torch.device) else []
-        with torch.random.fork_rng(own):
+        known = isinstance(device, torch.device)
+        with device_of(device if known else torch.device("cpu")).kept_generators():
             random.seed(SEED)
             np.random.seed(SEED)
             torch.manual_seed(SEED)
