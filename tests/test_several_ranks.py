@@ -26,13 +26,14 @@ from pipeline.config.settings.parallel import Parallel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.run import Run
 from pipeline.config.settings.training import Compile
-from pipeline.errors import Preempted, UserError
+from pipeline.errors import DeviceLost, Preempted, StageFailed, UserError
 from pipeline.ledger.phases import PhaseClock
+from pipeline.runs.following import _as_the_first_one_sees_it
 from pipeline.runs.timeline import Timeline
 from pipeline.stages.settings import _check_ranks
 from pipeline.stages.train import TrainStage
 from pipeline.training.parallel import Shared, layers_in
-from pipeline.training.ranks import Place, Ranks, place_in
+from pipeline.training.ranks import Place, RankLost, Ranks, place_in
 
 PROGRAM = str(PROJECT / "tests/programs/ranks.py")
 SMALL = [
@@ -249,6 +250,18 @@ def test_what_ranks_cannot_share_is_refused(changes: dict[str, Any], said: str) 
     with pytest.raises(UserError) as error:
         _check_ranks(stage, "plain", run, 3)
     assert f"{said}" in str(error.value)
+
+
+def test_a_lost_rank_is_no_failure_of_its_stage() -> None:
+    """An optional stage may fail and the run goes on, for all ranks; without one of them it
+    cannot.
+    """
+    for error in (StageFailed("the loss is NaN"), Preempted("stopped")):
+        with _as_the_first_one_sees_it():
+            raise error
+    with pytest.raises(RankLost), _as_the_first_one_sees_it():
+        raise RankLost("rank 1 failed")
+    assert isinstance(RankLost("rank 1 failed"), DeviceLost)  # which no stage may pass over
 
 
 # -- a run by several ranks ------------------------------------------------------------------------
