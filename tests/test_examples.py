@@ -79,7 +79,7 @@ def code_of(ended: subprocess.Popen[str]) -> int:
 def stand_in(folder: Path, code: int) -> str:
     """Return a program that ends with `code`, after it was told to stop where that is 75."""
     program = folder / "program"
-    waits = "trap 'exit 75' USR1; touch started; while :; do sleep 0.05; done"
+    waits = "trap 'exit 75' USR1; touch started; for _ in $(seq 600); do sleep 0.05; done"
     program.write_text(f"#!/bin/bash\n{waits if code == 75 else ''}\nexit {code}\n")
     program.chmod(0o755)
     return str(program)
