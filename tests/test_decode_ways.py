@@ -190,6 +190,7 @@ def test_after_a_capture_that_failed_all_the_same_none_is_tried_again(
 # -- what is compiled -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_decoder_is_compiled_for_itself() -> None:
     """One more of another shape meets no limit of recompilations, and none before is lost."""
     model = tiny(Task.causal_lm)

@@ -65,6 +65,7 @@ def hours(row: dict[str, Any], part: str) -> float:
     return row["ledger"]["device_hours"][part]["value"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_killed_with_its_hours_and_130(tmp_path: Path) -> None:
     process = start(tmp_path, "recipe=baseline", *LONG)
     wait_for_checkpoint(tmp_path, process)

@@ -457,6 +457,7 @@ def test_a_model_that_is_not_there_is_refused(
     assert line.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_told_and_what_it_took_is_kept(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

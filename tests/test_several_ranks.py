@@ -435,6 +435,7 @@ def test_ranks_with_other_settings_are_refused_in_one_line(tmp_path: Path) -> No
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_several_jobs_by_ranks_from_outside_are_refused(tmp_path: Path) -> None:
     command = ["-m", "pipeline", "-m", *SMALL, "seed=0,1"]
     code, _, errors = ended(start([command], tmp_path, size=2))[0]
