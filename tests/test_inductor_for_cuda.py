@@ -46,6 +46,7 @@ def made(folder: Path, architecture: int, *options: str) -> Made:
     """Have the code made in a process of its own, where kernels are no Python."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
+        "CI": "1",  # an operator that Inductor would only warn of is an error there
         "PYTHONPATH": str(PROJECT),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
