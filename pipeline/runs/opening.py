@@ -62,6 +62,7 @@ from pipeline.runs.timeline import Timeline
 from pipeline.stages.base import stages_of
 from pipeline.stages.settings import is_deterministic
 from pipeline.store.artifacts import Store, plain, reserve_room, write_json
+from pipeline.store.locks import check_locks, lock_at
 from pipeline.tracking.deliver import declared_uri
 from pipeline.tracking.writer import start_writer
 from pipeline.training.ranks import ALONE, Ranks
@@ -405,13 +406,13 @@ def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
     """Return the folder of the unfinished run with this key and the attempt's number, or a new
     one.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     # Names begin with the time: the newest first.
     for folder in sorted((root / "runs").glob("*/"), reverse=True):
         if _unfinished(folder, key) is None:
             continue
-        lock = FileLock(folder / ".lock")
+        lock = lock_at(folder / ".lock")
         try:
             lock.acquire(timeout=LOCK_S)
         except Timeout:
@@ -432,7 +433,7 @@ def _find_or_make(root: Path, key: str, run: Run) -> tuple[Path, int, Any]:
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = root / "runs" / f"{stamp}-{run.recipe}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)
-    lock = FileLock(folder / ".lock")
+    lock = lock_at(folder / ".lock")
     # Nobody else knows the folder yet.
     lock.acquire(timeout=0)
     return folder, 1, lock
@@ -451,6 +452,7 @@ def _check_writable(root: Path) -> None:
         ) from None
     if not os.access(root, os.W_OK):
         raise UserError("tracking.root", f"{root} is not writable", "give a folder to write to")
+    check_locks(root)
     check_room(root, FREE_BYTES, "tracking.root")
 
 

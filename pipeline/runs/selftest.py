@@ -58,6 +58,7 @@ from pipeline.ledger.shapes import Dataset as Split
 from pipeline.ledger.values import Value, measured, null
 from pipeline.runs.signals import on_stop_signal
 from pipeline.store.artifacts import Store, facts_of, key_of, plain, write_json, write_text
+from pipeline.store.locks import lock_at
 from pipeline.tracking.deliver import declared_uri
 
 if TYPE_CHECKING:
@@ -185,8 +186,6 @@ def self_test(run: Run, options: Options, *, started_ns: int) -> int:
 
 def _open(run: Run, options: Options, started_ns: int) -> SelfTest:
     """Find the model, refuse what cannot be served here, and begin a run of its own."""
-    from filelock import FileLock
-
     from pipeline.config.redaction import redact_settings
     from pipeline.data.load import load_dataset
     from pipeline.gate.references import Places, resolve
@@ -215,7 +214,7 @@ def _open(run: Run, options: Options, started_ns: int) -> SelfTest:
     check_releases(run, data, {"model": release.artifact.path}, clock, asked)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = root / "runs" / f"{stamp}-{RECIPE}-{secrets.token_hex(2)}"
-    lock = FileLock(folder / ".lock")  # free, it would say that this process is gone
+    lock = lock_at(folder / ".lock")  # free, it would say that this process is gone
     with _writable(root):
         folder.mkdir(parents=True)
         lock.acquire(timeout=0)

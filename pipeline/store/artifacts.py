@@ -31,6 +31,7 @@ from pipeline.ledger.records import ANY_ARTIFACT, R, Spec, parsed, read_record, 
 from pipeline.ledger.records import MANIFEST as MANIFEST_SPEC
 from pipeline.ledger.shapes import ArtifactRecord, KnownArtifact
 from pipeline.ledger.values import from_schema_1
+from pipeline.store.locks import check_locks, is_held, lock_at
 from pipeline.store.waiting import waiting_for
 
 MANIFEST = "artifact.json"
@@ -141,7 +142,8 @@ def _write(path: Path, text: str) -> None:
         try:
             with temporary.open("xb") as file:
                 # what nobody holds was left by a kill: `_sweep` removes it
-                fcntl.flock(file, fcntl.LOCK_EX)
+                with suppress(OSError):  # outside of a store there may be no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -192,6 +194,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self._make_folders()
+        check_locks(self.root)
         self._sweep()
 
     def _make_folders(self) -> None:
@@ -214,13 +217,11 @@ class Store:
         Raises:
             UserError: If the disk fills up meanwhile.
         """
-        from filelock import FileLock
-
         self._make_folders()
         folder = self.root / "tmp" / uuid.uuid4().hex
         lock = folder.with_suffix(".lock")
         try:
-            with FileLock(lock):
+            with lock_at(lock):
                 folder.mkdir()
                 yield folder
         except Exception as error:
@@ -233,17 +234,17 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove what killed processes were writing: the lock of such a folder is free."""
-        from filelock import FileLock, Timeout
+        from filelock import Timeout
 
         for lock in (self.root / "tmp").glob("*.lock"):
             # Without waiting: a lock that somebody holds marks a folder in use.
-            with suppress(Timeout), FileLock(lock, timeout=0):
+            with suppress(Timeout), lock_at(lock).acquire(timeout=0):
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink(missing_ok=True)
         for left in self.root.glob("*/.*.json.*"):
-            with suppress(OSError), left.open("rb") as file:  # who writes holds it
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink()
+            with suppress(OSError), left.open("r+b") as file:
+                if not is_held(file):  # who writes holds it
+                    left.unlink()
 
     @contextmanager
     def lock(
@@ -260,10 +261,10 @@ class Store:
             what: Who is waited for, as `waiting_for` says it.
             check: Called every second while another process holds the lock; may raise to give up.
         """
-        from filelock import FileLock, Timeout
+        from filelock import Timeout
 
         self._make_folders()
-        lock = FileLock(self.root / "locks" / f"{key}.lock")
+        lock = lock_at(self.root / "locks" / f"{key}.lock")
         with waiting_for(what):
             while True:
                 try:

@@ -9,6 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.store.locks import lock_at
+
 AFTER_S = 2.0  # a shorter wait needs no word
 EVERY_S = 10.0  # between two lines about the same wait
 
@@ -49,10 +51,9 @@ def locked(path: Path, what: str, *, timeout_s: float = -1) -> Generator[None]:
 
     Raises:
         filelock.Timeout: If another process held it all that time.
+        UserError: If the storage there has no locks.
     """
-    from filelock import FileLock
-
-    lock = FileLock(path)
+    lock = lock_at(path)
     with waiting_for(what):
         lock.acquire(timeout=timeout_s)
     try:

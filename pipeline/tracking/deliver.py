@@ -66,6 +66,7 @@ from pipeline.ledger.shapes import (
 )
 from pipeline.report.waste import advice
 from pipeline.store.artifacts import MODEL, write_json
+from pipeline.store.locks import lock_at
 from pipeline.store.waiting import locked, waiting_for
 
 MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's own limits
@@ -187,10 +188,10 @@ def _state(known: Delivered | None = None) -> DeliveryState:
 
 def _is_free(lock: Path) -> bool:
     """Tell whether no process holds the lock of a run."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     try:
-        with FileLock(lock).acquire(timeout=0):
+        with lock_at(lock).acquire(timeout=0):
             return True
     except Timeout:
         return False

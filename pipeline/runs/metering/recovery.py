@@ -17,6 +17,7 @@ from pipeline.ledger.values import null
 from pipeline.runs.metering.row import Facts
 from pipeline.runs.metering.run import RECIPE, MeteredRun
 from pipeline.runs.metering.watch import Used, as_reported
+from pipeline.store.locks import lock_at
 
 ELSEWHERE_S = 600.0  # without a sign of life, after which another node's run counts as ended
 GONE = "the process that read it is gone"
@@ -27,13 +28,13 @@ def recover(root: Path) -> list[str]:
     """End the runs of meters that were killed; return their names. A run whose command goes on is
     left for later.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     ended: list[str] = []
     for folder in sorted((root.expanduser() / "runs").glob(f"*-{RECIPE}-*/")):
         if (folder / "result.json").exists():
             continue
-        lock = FileLock(folder / ".lock")
+        lock = lock_at(folder / ".lock")
         try:
             lock.acquire(timeout=0)
         except (Timeout, OSError):

@@ -43,6 +43,7 @@ from pipeline.report.metered import conclude, markdown
 from pipeline.runs.metering.options import Settings
 from pipeline.runs.metering.row import Facts, make_row
 from pipeline.store.artifacts import plain, read_json, write_json, write_text
+from pipeline.store.locks import check_locks, lock_at
 from pipeline.tracking.deliver import declared_uri
 
 RECIPE, TYPE = "meter", "metered"
@@ -254,17 +255,18 @@ def _node_grant() -> Grant | None:
 
 
 def _make_folder(root: Path) -> tuple[Path, Any]:
-    from filelock import FileLock
-
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    folder = root.expanduser().resolve() / "runs" / f"{stamp}-{RECIPE}-{secrets.token_hex(2)}"
+    runs = root.expanduser().resolve() / "runs"
+    folder = runs / f"{stamp}-{RECIPE}-{secrets.token_hex(2)}"
     try:
+        runs.mkdir(parents=True, exist_ok=True)
+        check_locks(runs, "--root")
         (folder / RANKS).mkdir(parents=True)
     except OSError as error:
         raise UserError(
             "--root", f"{root} cannot be written to ({error.strerror})", "give another folder"
         ) from None
-    lock = FileLock(folder / ".lock")
+    lock = lock_at(folder / ".lock")
     lock.acquire(timeout=0)
     return folder, lock
 
