@@ -448,10 +448,7 @@ def test_a_broken_recipe_stops_no_other(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (
-            "training:\n  checkpoint_every: soon",
-            "training.checkpoint_every: 'soon' is not a whole number",
-        ),
+        ("training:\n  eval_every: soon", "training.eval_every: 'soon' is not a whole number"),
         ("quality:\n  margin: wide", "quality.margin: 'wide' is not a number"),
         ("tracking:\n  mlflow: perhaps", "tracking.mlflow: 'perhaps' is not true or false"),
         (

@@ -43,6 +43,7 @@ REFUSED = [
         "training.checkpoint_seconds",
         "beside checkpoint_every",
     ),
+    ("recipe=baseline", "training.preempted_every_seconds", "without checkpoint_every=auto"),
     ("recipe=baseline", "precision.loss_scale", "unless a stage trains in fp16 or auto"),
     ("recipe=baseline", "precision.loss_tolerance", "unless a stage trains in auto"),
     ("recipe=distill", "precision.fp8_least_width", "unless a stage trains in fp8_tensorwise"),
@@ -66,6 +67,7 @@ REFUSED = [
 ]
 TAKEN = [
     ("recipe=distill", "student.layers"),
+    ("recipe=baseline training.checkpoint_every=auto", "training.checkpoint_seconds"),
     ("recipe=distill", "student"),
     ("recipe=baseline", "serving.load.new"),
     ("recipe=baseline", "training.steps"),

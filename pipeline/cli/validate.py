@@ -18,6 +18,7 @@ from pipeline.config.settings.hardware import ALL
 from pipeline.config.settings.model import StudentConfig
 from pipeline.config.settings.ranges import MAX_SEED, check_ranges
 from pipeline.config.settings.run import Run, scored_length
+from pipeline.config.settings.training import check_checkpoint_every
 from pipeline.config.text_files import why_no_file
 from pipeline.data.mappings import mapping, split_names
 from pipeline.errors import UserError, one_line
@@ -51,6 +52,7 @@ def validate(run: Run) -> None:
         UserError: One line: the key, what is wrong with it, what would be right.
     """
     check_ranges(run)
+    check_checkpoint_every(run.training.checkpoint_every, "training.checkpoint_every")
     _check_stages(run)
     _check_arms(run)
     _check_sources(run)

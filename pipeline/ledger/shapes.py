@@ -838,6 +838,7 @@ class About(TypedDict, total=False):
     precision: PrecisionChoice
     compiling: CompileRecord
     overlapping: OverlapRecord
+    checkpoints: CheckpointsRecord
     attention: AttentionRecord
     head: HeadChoice
     search: SearchRecord
@@ -1052,6 +1053,20 @@ class OverlapRecord(TypedDict):
     beside_s: float | None
 
 
+class CheckpointsRecord(TypedDict):
+    """Checkpoints of a training.
+
+    Attributes:
+        count: How many were written, in all attempts that led here.
+        seconds: That the training waited for them, in total.
+        every_s: Seconds between two, where that was computed from them.
+    """
+
+    count: int
+    seconds: float
+    every_s: float | None
+
+
 class ProgressRecord(TypedDict):
     """How far a training came; see `training.loop.Progress`."""
 
@@ -1070,6 +1085,7 @@ class ProgressRecord(TypedDict):
     curve: list[dict[str, float]]
     compiling: NotRequired[CompileRecord]
     overlapping: NotRequired[OverlapRecord]
+    checkpoints: NotRequired[CheckpointsRecord]
 
 
 class TrainingState(TypedDict):

@@ -67,7 +67,7 @@ REMEDIES: dict[str, Remedy] = {
     ),
     "rollback": Remedy(
         0.02,
-        "lower checkpoint_every, else checkpoint_seconds: less to replay",
+        "checkpoint_every=auto, or a lower preempted_every_seconds: less to replay",
         "save checkpoints more often: less to replay",
     ),
     "failed_attempt": Remedy(
@@ -81,7 +81,7 @@ REMEDIES: dict[str, Remedy] = {
     ),
     "checkpoint": Remedy(
         0.10,
-        "raise checkpoint_every, else checkpoint_seconds (training.* or the stage's own)",
+        "checkpoint_every=auto (training.* or the stage's own), or raise it",
         "save checkpoints less often",
     ),
     "compile": Remedy(

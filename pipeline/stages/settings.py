@@ -15,11 +15,13 @@ from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
 from pipeline.config.settings.run import Run
 from pipeline.config.settings.training import (
+    AUTO,
     Attention,
     Compile,
     OptimizerKind,
     Schedule,
     TrainingConfig,
+    check_checkpoint_every,
 )
 from pipeline.errors import UserError
 from pipeline.ledger.numbers import how_many
@@ -69,8 +71,9 @@ class TrainingOverrides(Stage):
     max_grad_norm: Optional[float] = positive(None)
     eval_every: Optional[int] = positive(None)
     eval_documents: Optional[int] = positive(None)
-    checkpoint_every: Optional[int] = positive(None)
+    checkpoint_every: Any = None
     checkpoint_seconds: Optional[float] = positive(None)
+    preempted_every_seconds: Optional[float] = positive(None)
     divergence_factor: Optional[float] = field(default=None, metadata={"above": 1})
     compile: Optional[Compile] = None
     attention: Optional[Attention] = None
@@ -135,8 +138,11 @@ class TrainingOverrides(Stage):
             return "without start_batch_size or start_sequence_length"
         if setting == "attention" and not run.task.kind.is_language:
             return f"with task {run.task.value}: no documents are packed"
-        if setting == "checkpoint_seconds" and settings.checkpoint_every is not None:
+        every = settings.checkpoint_every
+        if setting == "checkpoint_seconds" and every not in (None, AUTO):
             return "beside checkpoint_every"
+        if setting == "preempted_every_seconds" and every != AUTO:
+            return f"without checkpoint_every={AUTO}"
         return None
 
     def refuse_device(self, key: str, run: Run, device: Any) -> None:
@@ -461,6 +467,7 @@ def check_training(stage: TrainingOverrides, key: str, run: Run) -> None:
             f"no stage is called {stage.like!r}",
             f"name one of {', '.join(run.stages)}",
         )
+    check_checkpoint_every(stage.checkpoint_every, f"{key}.checkpoint_every")
     if stage.steps is not None and stage.epochs is not None:
         raise UserError(f"{key}.epochs", f"does not go with {key}.steps", "give one of the two")
     settings = training_settings(stage, run)

@@ -63,6 +63,7 @@ from pipeline.stages.teaching import (
 from pipeline.store.artifacts import copy_model
 from pipeline.tasks.table import Task
 from pipeline.training.activations import checkpoint_activations
+from pipeline.training.cadence import said as cadence_said
 from pipeline.training.compiling import said as compile_said
 from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
 from pipeline.training.objective import Objective, Teacher, columns_of, parameter_hash
@@ -171,10 +172,18 @@ def run_training(
     compiled = progress.compiling
     read = _epochs_said(settings, ready.num_rows, ctx)
     head_said = None if head is None else head["said"]
-    ways = (compile_said(compiled), overlap_said(progress.overlapping))
+    ways = (
+        compile_said(compiled),
+        overlap_said(progress.overlapping),
+        cadence_said(progress.checkpoints, settings),
+    )
     said = (*ready.said, choice, head_said, *ways, read)
     notes = (*(f"{ctx.stage}: {each}" for each in said if each is not None), *output.notes)
-    about: About = {"compiling": compiled, "overlapping": progress.overlapping}
+    about: About = {
+        "compiling": compiled,
+        "overlapping": progress.overlapping,
+        "checkpoints": progress.checkpoints,
+    }
     if ready.own is not None:
         taught_by = ready.objective.teacher_read if ready.teacher is not None else None
         about["attention"] = {

@@ -8,7 +8,6 @@ late.
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,9 +27,16 @@ from pipeline.errors import BudgetSpent, StageFailed, one_line
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.shapes import CompileRecord, HistoryEntry, OverlapRecord, TrainingState
+from pipeline.ledger.shapes import (
+    CheckpointsRecord,
+    CompileRecord,
+    HistoryEntry,
+    OverlapRecord,
+    TrainingState,
+)
 from pipeline.ledger.traced_steps import StepTracer
-from pipeline.training import checkpoint, compiling, overlapping
+from pipeline.training import cadence, checkpoint, compiling, overlapping
+from pipeline.training.cadence import Cadence
 from pipeline.training.checkpoint import kept_of
 from pipeline.training.compiling import Compiling
 from pipeline.training.float8 import float8_layers
@@ -73,6 +79,7 @@ class Progress:
     curve: list[dict[str, float]] = field(default_factory=list)
     compiling: CompileRecord = field(default_factory=compiling.fresh)
     overlapping: OverlapRecord = field(default_factory=overlapping.fresh)
+    checkpoints: CheckpointsRecord = field(default_factory=cadence.fresh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +202,7 @@ class _Loop:
             self.hooks.resumed(progress.step, history)
         return progress
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, saving: Cadence) -> None:
         """Write a checkpoint of now."""
         from pipeline.store.artifacts import plain
 
@@ -208,12 +215,14 @@ class _Loop:
                 "history": self.hooks.history(self.progress.step),
             }
 
+        before = self.clock.now_ns()
         with self.clock.phase("checkpoint"):
             if self.ranks.is_first or self.shared.is_sharded:  # what is shared, all gather
                 tensors = checkpoint.tensors_of(self._saved, self.optimizer)
                 if self.ranks.is_first:
                     checkpoint.save(folder, self.progress.step, tensors, extra)
-            self.ranks.told()  # the others wait until it is written
+            # the others wait until it is written, and take the time that it took the first one
+            saving.saved(self.ranks.told((self.clock.now_ns() - before) / 1e9))
         with self.clock.phase("log"):
             self.hooks.checkpointed(self.progress.step)
 
@@ -311,7 +320,7 @@ class _Loop:
         return self.shared.ranks
 
     def agreed(self, stop: type[Exception] | None, *, due: bool) -> tuple[Any, bool]:
-        """Return whether any rank is to stop, and why, and whether any finds a checkpoint due."""
+        """Return why any rank is to stop, and whether the first one finds a checkpoint due."""
         if not self.ranks.several:
             return stop, due
         found = self.ranks.largest(STOPS.index(stop), int(due))  # at once: it is asked each step
@@ -534,7 +543,7 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path, ways: _Ways) -> None
         Exception: What `hooks.should_stop` names, after a checkpoint.
     """
     settings, progress, hooks, clock = loop.settings, loop.progress, loop.hooks, loop.clock
-    last_saved = time.monotonic()
+    saving = Cadence.of(settings, progress.checkpoints, clock.now_ns)
     eval_every = steps_between_evaluations(settings)
     while progress.step < settings.steps:
         number = progress.step + 1
@@ -566,16 +575,13 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path, ways: _Ways) -> None
                 loop.ranks.told()  # the others wait for the first one
         if loop.latest:
             ways.stepped(number, taken_ns / 1e9, loop.latest[0])
-        due = time.monotonic() - last_saved > settings.checkpoint_seconds
-        if settings.checkpoint_every is not None:
-            due = progress.step % settings.checkpoint_every == 0
+        due = loop.ranks.is_first and saving.is_due(progress.step)
         with clock.phase("comm_wait") if loop.ranks.several else nullcontext():
             stop, due = loop.agreed(hooks.should_stop(), due=due)
         # After the last step the artifact itself is written; a checkpoint would be waste.
         if (due or stop is not None) and progress.step < settings.steps:
             loop.read(drain=True)
-            loop.save(folder)
-            last_saved = time.monotonic()
+            loop.save(folder, saving)
         if stop is not None:
             where = f"after step {progress.step} of {settings.steps}"
             if stop is BudgetSpent:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Optional
+from typing import Any, Optional
 
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
+from pipeline.errors import UserError, one_line
 
 # OmegaConf reads these annotations at run time, and knows Optional[X] but not the string
 # "X | None" everywhere.
 # ruff: noqa: UP045
+
+
+AUTO = "auto"  # of checkpoint_every
 
 
 class OptimizerKind(Enum):
@@ -68,8 +72,12 @@ class TrainingConfig:
     eval_every: Optional[int] = positive(None)
     # validation documents a reading; null: 32 texts, or 256 examples
     eval_documents: Optional[int] = positive(None)
-    checkpoint_every: Optional[int] = positive(None)  # steps; null: every checkpoint_seconds
-    checkpoint_seconds: float = positive(60.0)  # between two checkpoints
+    # steps; auto: computed from what one takes; null: every checkpoint_seconds
+    checkpoint_every: Any = None
+    # between two checkpoints; with auto, until the first
+    checkpoint_seconds: float = positive(60.0)
+    # mean time between ends without warning, for checkpoint_every=auto: 3 hours
+    preempted_every_seconds: float = positive(10800.0)
     # loss over its own best average
     divergence_factor: float = field(default=4.0, metadata={"above": 1})
     compile: Compile = Compile.auto  # torch.compile
@@ -85,3 +93,18 @@ class TrainingConfig:
     start_sequence_length: Optional[int] = field(default=None, metadata={"min": 8})
     # of the steps, until all is full size
     growth_fraction: float = field(default=0.5, metadata={"above": 0, "max": 1})
+
+
+def check_checkpoint_every(value: Any, key: str) -> None:
+    """Refuse what is no number of steps, and not `auto`.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    if value is None or value == AUTO:
+        return
+    remedy = f"give 1, 2, ..., {AUTO} or null"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(key, f"{one_line(value, 40)!r} is not a whole number", remedy)
+    if value < 1:
+        raise UserError(key, f"{value} is out of range", remedy)
