@@ -224,7 +224,8 @@ UNIQUE = list({(command.is_ours, command.words): command for command in commands
 RECIPES = [
     each
     for each in UNIQUE
-    if each.words[:1] == ("selftest",) or any(word.startswith("recipe=") for word in each.words)
+    if each.words[:1] == ("selftest",)
+    or (each.words[:1] != ("launch",) and any(word.startswith("recipe=") for word in each.words))
 ]
 
 

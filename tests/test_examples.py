@@ -5,10 +5,8 @@ commands.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -76,43 +74,41 @@ def code_of(ended: subprocess.Popen[str]) -> int:
     return ended.returncode
 
 
-def stand_in(folder: Path, code: int) -> str:
-    """Return a program that ends with `code`, after it was told to stop where that is 75."""
-    program = folder / "program"
-    waits = "trap 'exit 75' USR1; touch started; for _ in $(seq 600); do sleep 0.05; done"
-    program.write_text(f"#!/bin/bash\n{waits if code == 75 else ''}\nexit {code}\n")
-    program.chmod(0o755)
-    return str(program)
+def program(folder: Path, text: str) -> str:
+    """Return a program that stands for Python."""
+    path = folder / "program"
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
-@pytest.mark.parametrize("code", [0, 3])
+def requeued(folder: Path) -> list[bool]:
+    """Return of each call of scontrol whether it was to queue the job again."""
+    return ["requeue" in call for call in (folder / "calls").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("code", [0, 3, 75])
 def test_a_job_ends_with_the_code_of_its_run(code: int, tmp_path: Path) -> None:
-    ended = job("one_gpu.sbatch", tmp_path, "x", python=stand_in(tmp_path, code), tasks=1)
-    assert code_of(ended) == code
-    assert not (tmp_path / "calls").exists()
-
-
-def test_a_job_that_is_to_stop_passes_it_on_and_is_requeued(tmp_path: Path) -> None:
-    ended = job("one_gpu.sbatch", tmp_path, "x", python=stand_in(tmp_path, 75), tasks=1)
-    until = time.monotonic() + 20
-    while not (tmp_path / "started").exists() and time.monotonic() < until:
-        time.sleep(0.05)
-    ended.send_signal(signal.SIGTERM)
-    assert code_of(ended) == 75
-    assert (tmp_path / "calls").read_text().startswith("requeue ")
+    own = program(tmp_path, f"exit {code}")
+    assert code_of(job("one_gpu.sbatch", tmp_path, "x", python=own, tasks=1)) == code
+    assert requeued(tmp_path) == [False, True][: 1 + (code == 75)]
 
 
 @pytest.mark.parametrize("code", [0, 75])
 def test_ranks_of_a_job_end_with_their_own_code(code: int, tmp_path: Path) -> None:
-    program = tmp_path / "program"
-    program.write_text(
-        f'#!/bin/bash\n[ "$RANK$WORLD_SIZE$LOCAL_RANK" = 020 ] && exit {code}\nexit 0\n'
-    )
-    program.chmod(0o755)
-    ended = job("many_ranks.sbatch", tmp_path, "x", python=str(program))
-    assert code_of(ended) == code
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert ["requeue" in each for each in calls] == [False, True][: 1 + (code == 75)]
+    own = program(tmp_path, f'[ "$RANK$WORLD_SIZE$LOCAL_RANK" = 020 ] && exit {code}\nexit 0')
+    assert code_of(job("many_ranks.sbatch", tmp_path, "x", python=own)) == code
+    assert requeued(tmp_path) == [False, True][: 1 + (code == 75)]
+
+
+@pytest.mark.parametrize("given", [["recipe=baseline", "seed=1"], []])
+def test_settings_behind_the_name_take_the_place_of_those_in_the_file(
+    given: list[str], tmp_path: Path
+) -> None:
+    own = program(tmp_path, 'printf "%s\\n" "$@" > "$PIPELINE_DIR/given"')
+    assert code_of(job("many_ranks.sbatch", tmp_path, *given, python=own)) == 0
+    wanted = given or ["recipe=distill", "parallel.mode=fsdp"]
+    assert (tmp_path / "given").read_text().splitlines() == ["-m", "pipeline", *wanted]
 
 
 @pytest.mark.slow
@@ -126,21 +122,18 @@ def test_two_tasks_are_two_ranks_of_one_run(tmp_path: Path) -> None:
 
 def test_a_pod_and_a_spot_machine_take_75_for_no_failure() -> None:
     pod: Any = yaml.safe_load((EXAMPLES / "kubernetes/distill.yaml").read_text())
-    [container] = pod["spec"]["template"]["spec"]["containers"]
-    rules = {
-        rule["action"]: rule.get("onExitCodes") for rule in pod["spec"]["podFailurePolicy"]["rules"]
-    }
-    assert rules["FailJob"] == {
-        "containerName": container["name"],
-        "operator": "NotIn",
-        "values": [75],
-    }
-    ignored = [
-        rule for rule in pod["spec"]["podFailurePolicy"]["rules"] if rule["action"] == "Ignore"
-    ]
-    assert ignored[0]["onExitCodes"]["values"] == [75]
-    assert pod["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # the policy asks for it
-    task: Any = yaml.safe_load((EXAMPLES / "skypilot/distill.yaml").read_text())
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
-    assert "hardware.devices=all" in task["run"]
-    assert "hardware.devices=all" in container["command"]
+    several: Any = yaml.safe_load((EXAMPLES / "kubernetes/two_hosts.yaml").read_text())
+    [ranks] = several["spec"]["replicatedJobs"]
+    for spec in (pod["spec"], ranks["template"]["spec"]):
+        [container] = spec["template"]["spec"]["containers"]
+        own = {"containerName": container["name"], "values": [75]}
+        rules = spec["podFailurePolicy"]["rules"]
+        assert [rule["action"] for rule in rules] == ["Ignore", "Ignore", "FailJob"]
+        assert rules[0]["onExitCodes"] == {**own, "operator": "In"}
+        assert rules[1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+        assert rules[2]["onExitCodes"] == {**own, "operator": "NotIn"}
+        assert spec["template"]["spec"]["restartPolicy"] == "Never"  # the policy asks for it
+    for name in ("distill", "two_hosts"):
+        task: Any = yaml.safe_load((EXAMPLES / f"skypilot/{name}.yaml").read_text())
+        assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+        assert task["resources"]["use_spot"] is True

@@ -39,6 +39,7 @@ LAYERS = (
     ("stages",),
     ("gate",),
     ("runs",),
+    ("launch",),
     ("cli",),
     ("__main__",),
 )

@@ -11,6 +11,7 @@ COMMANDS = {
     "chargeback": "who spent what in a period",
     "history": "the verdicts of a model's last releases, with alarms",
     "selftest": "judge a model against itself: what the release check can tell",
+    "launch": "write the job file of Slurm, SkyPilot or Kubernetes for a run",
 }
 """Commands by name: the one list to extend, each with a module here that has `main(argv,
 started_ns)`.
