@@ -10,7 +10,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 MARKS ?= not gpu
 INSTALLED := $(VENV)/.installed
 
-.PHONY: fuzz demo test test-all faults mutants check docs format ui clean
+.PHONY: fuzz demo test test-all faults slurm mutants check docs format ui clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ mutants: $(INSTALLED)  # single-line faults that the default suite must find
 
 faults: $(INSTALLED)  # kills, full disks, servers that answer wrongly; the slow ones too
 	$(PYTEST) -m faults
+
+slurm: $(INSTALLED)  # a preempted run on a real Slurm, which it installs; root, Debian
+	$(BIN)/python tests/slurm/prove.py
 
 check: $(INSTALLED) docs  # format, lint, types, the documentation
 	$(BIN)/ruff format --check .

@@ -64,6 +64,7 @@ def _stored_facts(name: str, run: StoredRun, children: Sequence[StoredRun]) -> R
         converged_at=_number(params.get("cost.converged_at")),
         nested_in=tags.get("nested_in"),
         reused_h=metrics.get("compute/run_reused_device_hours"),
+        allocated_h=metrics.get("compute/run_allocated_gpu_hours"),
     )
 
 
@@ -193,6 +194,11 @@ def journal_facts(events: Sequence[Event], run: RunTotals | None = None) -> RunF
         converged_at=params.get("cost.converged_at"),
         nested_in=tags.get("nested_in"),
         reused_h=None if totals is None else totals["reused"]["value"],
+        allocated_h=(
+            None
+            if totals is None or "allocated" not in totals
+            else totals["allocated"]["gpu_hours"]["value"]
+        ),
     )
 
 

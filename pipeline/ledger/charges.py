@@ -2,7 +2,8 @@
 
 A run's charges are its stage attempts, its overhead and its comparison pass; of a run that has not
 ended, or was killed and never taken up again, what no row holds is one charge more: `open`. A
-reused stage is a charge that spent nothing.
+reused stage is a charge that spent nothing; so is `held`, what a scheduler held for a run's jobs
+while none of its processes was attached.
 
     sum of `device_h` over a run's charges = compute/run_device_hours of the run
 
@@ -12,7 +13,7 @@ What is not known of a charge is None, never 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -28,7 +29,7 @@ class Charge:
     """A part of what a run spent. Hours are device-hours unless they say GPU.
 
     Attributes:
-        what: The stage attempt's name, or `overhead`, `compare`, `open`.
+        what: The stage attempt's name, or `overhead`, `compare`, `open`, `held`.
         device: Exact name of the device model; of several, all of them.
         ended_s: When the stage attempt ended, or the run (UTC, seconds since 1970); the last sign
             of life without an end.
@@ -74,6 +75,8 @@ class RunFacts:
         nested_in: The metered run whose seconds these are, too.
         reused_h: What it took over of other runs, comparison passes included; None where nobody
             noted it down.
+        allocated_h: GPU-hours that a scheduler held for its jobs, from grant to release; None where
+            none tells.
     """
 
     run: str
@@ -89,6 +92,7 @@ class RunFacts:
     converged_at: float | None = None
     nested_in: str | None = None
     reused_h: float | None = None
+    allocated_h: float | None = None
 
     @property
     def rest_h(self) -> float | None:
@@ -112,8 +116,36 @@ def charges(run: RunFacts) -> list[Charge]:
         parts["overhead"] = max(
             rest_h - math.fsum(h for name, h in parts.items() if name != "overhead"), 0.0
         )
-    outside = (_outside(run, name, hours) for name, hours in parts.items() if hours > 0)
-    return [*run.stages, *outside, *_taken_over(run)]
+    outside = [_outside(run, name, hours) for name, hours in parts.items() if hours > 0]
+    return [*run.stages, *outside, *_held(run, [*run.stages, *outside]), *_taken_over(run)]
+
+
+def _held(run: RunFacts, charged: Sequence[Charge]) -> list[Charge]:
+    """Return the charge of what a scheduler held beyond what is charged already: before the run's
+    processes came, and after they went.
+    """
+    if run.allocated_h is None:
+        return []
+    known = (
+        each.device_h if each.allocated_gpu_h is None else each.allocated_gpu_h for each in charged
+    )
+    hours = run.allocated_h - math.fsum(known)
+    if hours <= ROUNDING_H:
+        return []
+    return [
+        Charge(
+            run=run.run,
+            what="held",
+            owner=run.owner,
+            device=run.device,
+            ended_s=run.ended_s,
+            device_h=0.0,
+            allocated_gpu_h=hours,
+            wasted_h=0.0,
+            amount=None if run.rate is None else run.rate * hours,
+            currency=None if run.rate is None else run.currency,
+        )
+    ]
 
 
 def _taken_over(run: RunFacts) -> list[Charge]:

@@ -441,6 +441,13 @@ CATALOGUE: tuple[Metric, ...] = (
         True,
     ),
     Metric(
+        "compute/run_allocated_gpu_hours",
+        "GPU-h",
+        "run",
+        -1,
+        "what a scheduler held for the run's jobs, from grant to release; null without one",
+    ),
+    Metric(
         "compute/run_overhead_device_hours",
         "device-h",
         "run",

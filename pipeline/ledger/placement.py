@@ -41,21 +41,28 @@ def grant(environ: Mapping[str, str] = os.environ) -> Grant | None:
     """Return the scheduler's grant, or None on a bare run.
 
     Source: sbatch(1), output environment variables: SLURM_GPUS is what `--gpus` asked for the job
-    ("8" or "h200:8"), SLURM_GPUS_ON_NODE what this node has of it, SLURM_JOB_NUM_NODES how many
-    nodes there are.
+    ("8" or "h200:8"), SLURM_GPUS_PER_NODE likewise of each node, SLURM_GPUS_ON_NODE what this node
+    has, SLURM_JOB_NUM_NODES how many nodes there are.
     """
     job_id = environ.get("SLURM_JOB_ID")
     if job_id is None:
         return None
-    whole = environ.get("SLURM_GPUS", "")
+    whole, of_each = environ.get("SLURM_GPUS", ""), environ.get("SLURM_GPUS_PER_NODE", "")
     on_node, nodes = environ.get("SLURM_GPUS_ON_NODE", ""), environ.get("SLURM_JOB_NUM_NODES", "1")
     if whole:
-        # "h200:8" or "8", several kinds separated by commas
-        parts = [part.rpartition(":")[2] for part in whole.split(",")]
-        gpus = sum(map(int, parts)) if all(part.isdigit() for part in parts) else None
+        gpus = _asked(whole)
+    elif of_each and nodes.isdigit():
+        each = _asked(of_each)
+        gpus = None if each is None else each * int(nodes)
     else:  # nodes of one job may differ: only a single one is known for sure
         gpus = int(on_node) if on_node.isdigit() and nodes == "1" else None
     return Grant("slurm", job_id, gpus)
+
+
+def _asked(text: str) -> int | None:
+    """Return how many GPUs "8", "h200:8" or "h200:4,a100:2" is; None where it does not say."""
+    parts = [part.rpartition(":")[2] for part in text.split(",")]
+    return sum(map(int, parts)) if all(part.isdigit() for part in parts) else None
 
 
 def allocated_hours(attached_h: float, devices: int, granted: Grant | None) -> Value:

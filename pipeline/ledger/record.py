@@ -249,6 +249,8 @@ def _gpu_hours(
     values["allocated"] = allocated_hours(values["attached"].value or 0.0, devices, granted)
     if kind == "cpu":
         values = dict.fromkeys(values, null("a CPU run uses no GPU"))
+        if granted is not None and granted.gpus:  # and never touched
+            values["allocated"] = allocated_hours(parts["attached"] / HOUR_NS, 1, granted)
     return {name: value.to_json() for name, value in values.items()}
 
 

@@ -81,7 +81,11 @@ _HOURS_OR_NULL = {"type": ["number", "null"], "minimum": 0, "maximum": 1e9}
 RUN = Spec(
     shapes.RunState,
     _fields(
-        {"pid": {"type": ["integer", "null"]}, "spent_device_hours": _HOURS_OR_NULL},
+        {
+            "pid": {"type": ["integer", "null"]},
+            "spent_device_hours": _HOURS_OR_NULL,
+            "jobs": _list_of(_TEXT),  # of a scheduler, that the run's attempts were in
+        },
         key=_TEXT,
         status={"enum": ["RUNNING", "FINISHED", "FAILED", "KILLED"]},
         attempt=_ATTEMPT,
@@ -325,7 +329,16 @@ _GRANT = _fields(scheduler=_TEXT, job_id=_TEXT, gpus={"type": ["integer", "null"
 EVENTS: dict[str, Spec[Any]] = {
     "run_start": Spec(
         shapes.Started,
-        _fields({**_CLOCK, **_STARTED, "devices": _ATTEMPT, "started_ns": _NS}, attempt=_ATTEMPT),
+        _fields(
+            {
+                **_CLOCK,
+                **_STARTED,
+                "devices": _ATTEMPT,
+                "started_ns": _NS,
+                "grant": {"oneOf": [{"type": "null"}, _GRANT]},
+            },
+            attempt=_ATTEMPT,
+        ),
     ),
     "stage_start": Spec(
         shapes.StageStarted,

@@ -28,20 +28,28 @@ def run_cost(events: Sequence[Event], totals: RunTotals, cost: CostConfig) -> Ru
     """
     if cost.per_device_hour is None:
         return {"amount": null(NO_RATE).to_json(), "currency": None, "rate": None, "basis": None}
-    paid = [charge for charge in charges(journal_facts(events, totals)) if charge.device_h]
     rate: Rate = {
         "per_device_hour": cost.per_device_hour,
         "kind": None if cost.kind is None else cost.kind.value,
         "source": cost.source,
         "date": cost.date,
     }
-    held = all(charge.allocated_gpu_h is not None for charge in paid)
-    return {
-        "amount": _amount(paid, cost.currency).to_json(),
+    unpaid: RunMoney = {
+        "amount": null(NO_RATE).to_json(),
         "currency": cost.currency,
         "rate": rate,
-        "basis": HELD if held else ATTACHED,
+        "basis": None,
     }
+    return paid_for(unpaid, events, totals)
+
+
+def paid_for(money: RunMoney, events: Sequence[Event], totals: RunTotals) -> RunMoney:
+    """Return the money of a run at its own rate for what its totals say now."""
+    facts = journal_facts(events, totals)
+    paid = [each for each in charges(facts) if each.device_h or each.what == "held"]
+    held = all(charge.allocated_gpu_h is not None for charge in paid)
+    amount = _amount(paid, money["currency"]).to_json()
+    return {**money, "amount": amount, "basis": HELD if held else ATTACHED}
 
 
 def _amount(paid: Sequence[Charge], currency: str | None) -> Value:

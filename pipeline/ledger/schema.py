@@ -13,6 +13,7 @@ from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.json_schema import Schema
 from pipeline.ledger.memory import MEMORY
 from pipeline.ledger.metrics import PHASES, QUALITY_KEYS, TASK_KEY
+from pipeline.ledger.shapes import Granted
 
 _PROV = ["measured", "derived", "estimated", "declared", "unavailable"]
 VALUE: Schema = {
@@ -40,6 +41,7 @@ VALUE: Schema = {
         },
     ],
 }
+_TEXT: Schema = {"type": ["string", "null"]}
 _INTERVAL = {"type": ["array", "null"], "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
 
 
@@ -62,6 +64,25 @@ def _interval_value(**more: Schema) -> Schema:
     }
 
 
+_GRANTS = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": list(Granted.__annotations__),
+        "additionalProperties": False,
+        "properties": {
+            "scheduler": {"type": "string"},
+            "job_id": {"type": "string"},
+            "attempts": {"type": "array", "items": {"type": "integer", "minimum": 1}},
+            "state": _TEXT,
+            "ended": {"type": "boolean"},
+            "elapsed_s": {"type": ["number", "null"], "minimum": 0},
+            "gpus": {"type": ["integer", "null"], "minimum": 0},
+            "shared_with": {"type": "array", "items": {"type": "string"}},
+            "why_missing": _TEXT,
+        },
+    },
+}
 _PHASES_NS = {
     "type": "object",
     "propertyNames": {"enum": list(PHASES)},
@@ -391,7 +412,6 @@ _COMPARISON: Schema = {
     },
 }
 
-_TEXT: Schema = {"type": ["string", "null"]}
 _LIBRARIES = ("torch", "transformers", "accelerate", "hydra-core", "safetensors", "numpy")
 _DIGEST = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
 _CRITERION: Schema = {
@@ -683,6 +703,7 @@ RESULT_SCHEMA: Schema = {
                 "compare_conditions": _values(*COMPARED),
                 "spent": {"$ref": "#/$defs/value"},
                 "reused": {"$ref": "#/$defs/value"},
+                "allocated": _values("gpu_hours", extra={"grants": _GRANTS}),
                 "cost": _values(
                     "amount",
                     extra={

@@ -213,6 +213,30 @@ class GrantRecord(TypedDict):
     gpus: int | None
 
 
+class Granted(TypedDict):
+    """One start of a job, as the scheduler's accounting has it; see `ledger.allocated`.
+
+    Without an answer, `why_missing` says why; `shared_with` names other runs in the job.
+    """
+
+    scheduler: str
+    job_id: str
+    attempts: list[int]
+    state: str | None
+    ended: bool
+    elapsed_s: float | None
+    gpus: int | None
+    shared_with: list[str]
+    why_missing: str | None
+
+
+class Allocated(TypedDict):
+    """What a scheduler held for a run, over all its attempts."""
+
+    gpu_hours: Figure
+    grants: list[Granted]
+
+
 class Scheduler(TypedDict):
     """The same on a row; one of a metered command repeats the name."""
 
@@ -651,6 +675,7 @@ class RunTotals(TypedDict):
     compare_conditions: NotRequired[Figures]
     spent: Figure
     reused: Figure
+    allocated: NotRequired[Allocated]
     cost: NotRequired[RunMoney]
     per_converged_model: NotRequired[ConvergedRecord]
 
@@ -717,6 +742,7 @@ class RunState(TypedDict):
     attempt: int
     pid: NotRequired[int | None]
     spent_device_hours: NotRequired[float | None]
+    jobs: NotRequired[list[str]]
 
 
 class TracedSteps(TypedDict):
@@ -1251,6 +1277,7 @@ class Started(Line):
     started_ns: int
     devices: NotRequired[int]
     clock_ns: NotRequired[PhasesNs]
+    grant: NotRequired[GrantRecord | None]
 
 
 class StageStarted(Line):

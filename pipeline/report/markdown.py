@@ -20,7 +20,7 @@ from pipeline.report import waste
 from pipeline.report.conclusion import conclude
 from pipeline.report.disturbance import KEYS as DISTURBANCE_KEYS
 from pipeline.report.disturbance import disturbance_table
-from pipeline.report.money import CONVERGED_KEYS, joules, money, money_lines
+from pipeline.report.money import CONVERGED_KEYS, held, joules, money, money_lines
 from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
 from pipeline.report.reading import reading_lines
 from pipeline.report.text import NO_BREAK, bullet, conclusion_markdown, markdown_text
@@ -767,6 +767,8 @@ def _notes(result: Result) -> list[str]:
             lines.append(f"{name}: its figures do not reconcile, so no comparison can rest on them")
     lines += [f"comparison pass: {why}" for why in _failed(result["run"].get("compare_conditions"))]
     lines += reading_lines(result)
+    kept = held(result["run"].get("allocated"))
+    lines += [] if kept is None else [kept]
     attempts = result["run"]["attempts"]
     lines += [f"the run took {attempts} attempts"] if attempts > 1 else []
     lines += result["environment"]["notes"]

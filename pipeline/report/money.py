@@ -11,8 +11,8 @@ from typing import Literal
 
 from pipeline.errors import one_line
 from pipeline.ledger.converged import NO_TARGET
-from pipeline.ledger.numbers import count, duration, significant
-from pipeline.ledger.shapes import ConvergedRecord, Result, Row, RunMoney
+from pipeline.ledger.numbers import count, duration, how_many, significant
+from pipeline.ledger.shapes import Allocated, ConvergedRecord, Result, Row, RunMoney
 
 CONVERGED_KEYS = ("compute/per_converged_model_device_hours", "cost/per_converged_model")
 
@@ -66,6 +66,20 @@ def cost_of_run(cost: RunMoney | None) -> str | None:
         f"cost of this run {said}: {price} ({kind}{one_line(rate['source'], 80)}, {rate['date']}) x"
         f" {cost['basis']}"
     )
+
+
+def held(allocated: Allocated | None) -> str | None:
+    """Say what a scheduler held for the run's jobs; nothing without one."""
+    if allocated is None or not allocated["grants"]:
+        return None
+    hours, grants = allocated["gpu_hours"], allocated["grants"]
+    jobs = ", ".join(dict.fromkeys(one_line(grant["job_id"], 40) for grant in grants))
+    if hours["value"] is None:
+        return f"what Slurm held is not known: {one_line(hours['why_missing'])}"
+    lasts = ", which had not ended yet" if not all(grant["ended"] for grant in grants) else ""
+    starts = how_many(len(grants), "start")
+    taken = duration(3600 * hours["value"])
+    return f"Slurm held {taken} of GPU time for it (job {jobs}, {starts}{lasts})"
 
 
 def _sum(rows: list[Row], name: Literal["amount", "facility_energy_j"]) -> float | None:

@@ -28,6 +28,7 @@ from pipeline.report.markdown import short_form
 from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import conclusion_lines
 from pipeline.report.verdict import shown_line
+from pipeline.runs.allocation import allocation
 from pipeline.runs.charges import note_charges
 from pipeline.runs.environment import environment
 from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
@@ -134,6 +135,8 @@ def _traces(running: Running) -> list[str]:
 
 def build_result(running: Running, status: str, why: str | None) -> Result:
     """Return result.json's content."""
+    totals = _totals(running)
+    totals["allocated"] = allocation(running)
     result: Result = {
         "schema": 2,
         "run_id": running.session.run_id,
@@ -152,7 +155,7 @@ def build_result(running: Running, status: str, why: str | None) -> Result:
         "environment": environment(
             running.session.command, running.session.data, running.book.notes
         ),
-        "run": _totals(running),
+        "run": totals,
         "rows": running.book.all_rows(),
         "comparisons": running.book.comparisons,
         "verdict": shown_verdict(ended(running, status, why)),

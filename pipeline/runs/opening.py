@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from pipeline.ledger.records import RUN, read_record, sealed, sound_events, tell
 from pipeline.ledger.shapes import Identity, Placement, RunEnvironment, RunState
 from pipeline.runs.book import Book
 from pipeline.runs.environment import commit
+from pipeline.runs.jobs import jobs_of
 from pipeline.runs.keys import reading_key, run_keys
 from pipeline.runs.preflight import (
     check_decode,
@@ -149,7 +150,8 @@ def open_run(
         )
         reserve_room(folder)
         state = {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number}
-        write_json(folder / "run.json", sealed(state))
+        jobs = jobs_of(folder) | ({granted.job_id} if granted is not None else set())
+        write_json(folder / "run.json", sealed({**state, "jobs": sorted(jobs)}))
         _journal_start(session)
         if gate is not None:
             _identify(session, gate)
@@ -281,6 +283,7 @@ def _journal_start(session: Session) -> None:
         clock_ns=session.clock.mark()[1],
         attempt=session.number,
         devices=session.devices,
+        grant=None if session.grant is None else asdict(session.grant),
         recipe=run.recipe,
         question=run.question,
         experiment=run.tracking.experiment or run.recipe,

@@ -633,6 +633,8 @@ def _outside(run: RunTotals) -> Figures:
         f"compute/run_{part}_wasted_device_hours": derived(outside_waste(run, part))
         for part in PARTS
     }
+    if "allocated" in run:
+        found["compute/run_allocated_gpu_hours"] = run["allocated"]["gpu_hours"]
     if "cost" in run:  # a run of an older release has none
         found["cost/run_amount"] = run["cost"]["amount"]
     compared = run.get("compare_conditions", {})

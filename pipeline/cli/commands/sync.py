@@ -1,5 +1,5 @@
 """`python -m pipeline sync [ROOT | RUN_DIR]`: deliver to MLflow what it has not had yet. Running it
-again is harmless.
+again is harmless. Runs in a scheduler's jobs are first completed with what was held for these.
 
 With `--follow` it is the background writer of one run (`tracking/writer.py`), started by the run.
 """
@@ -33,12 +33,15 @@ def main(argv: list[str], _started_ns: int = 0) -> int:
     if not folders:
         print(f"refused: {place}: holds no runs; name the folder that holds runs/", file=sys.stderr)
         return 1
+    from pipeline.runs.jobs import settle
     from pipeline.tracking.deliver import import_mlflow
 
     with waiting_for("Python to import MLflow", after_s=IMPORT_S):
         import_mlflow()
     failed = False
     for folder in folders:
+        if settle(folder):
+            print(f"{folder.name}: complete with what the scheduler held until its jobs ended")
         try:
             delivered = deliver_run(folder, look_again=True)
             print(f"{folder.name}: {how_many(delivered, 'event')} delivered")

@@ -13,10 +13,10 @@ from pipeline.ledger.devices.table import toolkit_names
 from pipeline.ledger.disturbance import Disturbance, of_device, of_host
 from pipeline.ledger.disturbance import unread as disturbance_unread
 from pipeline.ledger.memory import unread
-from pipeline.ledger.placement import NOTHING_KNOWN, Grant, allocated_hours
+from pipeline.ledger.placement import NOTHING_KNOWN, Grant
 from pipeline.ledger.ranks import IDLE, Life, apportion, counts, merge
 from pipeline.ledger.reconcile import problems
-from pipeline.ledger.record import HOUR_NS, Spent, hours, ledger
+from pipeline.ledger.record import Spent, hours, ledger
 from pipeline.ledger.shapes import (
     Checked,
     HoursPart,
@@ -75,12 +75,6 @@ def make_row(start: Metered, facts: Facts, lives: Sequence[Life]) -> Row:
     record = (
         _finished(start, facts, lives) if facts.status == "FINISHED" else _lost(start, facts, lives)
     )
-    granted = _granted(start)
-    # granted, and never touched
-    if facts.used.kind == "cpu" and granted is not None and granted.gpus:
-        record["gpu_hours"]["allocated"] = allocated_hours(
-            facts.elapsed_ns / HOUR_NS, 1, granted
-        ).to_json()
     found = problems(record)
     return {
         "arm": facts.name,
