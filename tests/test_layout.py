@@ -37,7 +37,7 @@ LAYERS = (
     ("report",),
     ("tracking",),
     ("stages",),
-    ("gate",),
+    ("gate", "forecast"),
     ("runs",),
     ("launch",),
     ("cli",),

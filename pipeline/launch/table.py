@@ -19,6 +19,7 @@ class Engine:
         text: Returns the file's text.
         client: Returns the command that hands it a file.
         ending: Of the file's name.
+        limits_time: Whether it ends a job that takes longer than was asked for.
     """
 
     takes: tuple[str, ...]
@@ -26,6 +27,7 @@ class Engine:
     text: Callable[[Job], str]
     client: Callable[[str], list[str]]
     ending: str
+    limits_time: bool = True
 
 
 ENGINES = {
@@ -38,6 +40,7 @@ ENGINES = {
         text=skypilot.text,
         client=skypilot.client,
         ending=".sky.yaml",
+        limits_time=False,
     ),
     "kubernetes": Engine(
         takes=kubernetes.TAKES,

@@ -20,7 +20,7 @@ from pipeline.ledger import shapes
 from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.json_schema import Schema, why_not
 from pipeline.ledger.metrics import PHASES
-from pipeline.ledger.schema import RESULT_SCHEMA, VALUE
+from pipeline.ledger.schema import FORECAST_SCHEMA, RESULT_SCHEMA, VALUE
 from pipeline.ledger.shapes import Event
 from pipeline.ledger.values import from_schema_1
 
@@ -92,6 +92,18 @@ RUN = Spec(
     ),
 )
 """run.json: which run of its key this is, and how far it came."""
+FORECAST = Spec(shapes.ForecastRecord, {**FORECAST_SCHEMA, "additionalProperties": True})
+"""forecast.json: what was expected of a run, and what became of it."""
+PROBE = Spec(
+    shapes.ProbeRecord,
+    _fields(
+        step_s={"type": "number", "minimum": 0},
+        eval_s={"type": "number", "minimum": 0},
+        around_s={"type": "number", "minimum": 0},
+        peak_bytes={"type": ["integer", "null"], "minimum": 0},
+    ),
+)
+"""probes/KEY.json: what the first steps of a stage took."""
 ANY_ARTIFACT = Spec(
     shapes.KnownArtifact, _fields({"artifact": {"oneOf": [{"type": "null"}, _ARTIFACT]}})
 )

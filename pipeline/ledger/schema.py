@@ -625,6 +625,68 @@ VERDICT_SCHEMA: Schema = {
 }
 """What a release gate leaves: its verdict, or that it came to none."""
 
+_NUMBER = {"type": "number"}
+_NUMBER_OR_NULL: Schema = {"type": ["number", "null"]}
+_EXPECTED: Schema = {
+    "type": "object",
+    "required": ["value", "low", "high"],
+    "additionalProperties": False,
+    "properties": dict.fromkeys(("value", "low", "high"), _NUMBER),
+}
+_EXPECTED_OR_NULL: Schema = {"oneOf": [{"type": "null"}, _EXPECTED]}
+FORECAST_SCHEMA: Schema = {
+    "type": "object",
+    "required": ["settings", "device", "devices", "parts", "missing", "totals"],
+    "additionalProperties": False,
+    "properties": {
+        "settings": {"type": "string"},
+        "device": {"type": "string"},
+        "devices": {"type": "integer", "minimum": 1},
+        "parts": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": [
+                    "what",
+                    "arm",
+                    "seed",
+                    "like",
+                    "flops",
+                    "expected_s",
+                    "source",
+                    "actual_s",
+                ],
+                "additionalProperties": False,
+                "properties": {
+                    "what": {"enum": ["work", "assess", "compare", "overhead"]},
+                    "arm": {"type": ["string", "null"]},
+                    "seed": {"type": ["integer", "null"]},
+                    "like": {"type": "object", "additionalProperties": {"type": "string"}},
+                    "flops": _NUMBER_OR_NULL,
+                    "expected_s": _EXPECTED_OR_NULL,
+                    "source": {"type": "string"},
+                    "actual_s": _NUMBER_OR_NULL,
+                },
+            },
+        },
+        "missing": {"type": "array", "items": {"type": "string"}},
+        "totals": {
+            "type": "object",
+            "additionalProperties": {
+                "type": "object",
+                "required": ["expected", "why_missing", "actual"],
+                "additionalProperties": False,
+                "properties": {
+                    "expected": _EXPECTED_OR_NULL,
+                    "why_missing": {"type": ["string", "null"]},
+                    "actual": _NUMBER_OR_NULL,
+                },
+            },
+        },
+    },
+}
+"""What was expected of a run, and what became of it."""
+
 RESULT_SCHEMA: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "result.json",
@@ -740,6 +802,7 @@ RESULT_SCHEMA: Schema = {
         "rows": {"type": "array", "items": _ROW},
         "comparisons": {"type": "array", "items": _COMPARISON},
         "verdict": {"oneOf": [{"type": "null"}, _SHOWN]},
+        "forecast": FORECAST_SCHEMA,
     },
     "$defs": {"value": VALUE},
 }

@@ -729,6 +729,69 @@ class Result(TypedDict):
     rows: list[Row]
     comparisons: list[Pair]
     verdict: ShownVerdict | None
+    forecast: NotRequired[ForecastRecord]
+
+
+# -- forecasts ------------------------------------------------------------------------------------
+
+
+class Expected(TypedDict):
+    """A figure before it is known, with the ends of its 90% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ForecastPart(TypedDict):
+    """A part of a run: what it is expected to take, and once it is over, what it took.
+
+    `what` is work or assess (of an arm and a seed), compare, or overhead. `like` has a digest for
+    each likeness to parts of other runs. Seconds are wall time; `actual_s` is null until the part
+    is over, or where it was reused.
+    """
+
+    what: str
+    arm: str | None
+    seed: int | None
+    like: dict[str, str]
+    flops: float | None
+    expected_s: Expected | None
+    source: str
+    actual_s: float | None
+
+
+class ProbeRecord(TypedDict):
+    """What the first steps of a stage took: seconds of a step, of an evaluation and of all around
+    them; bytes on the device at most, null where torch does not count them.
+    """
+
+    step_s: float
+    eval_s: float
+    around_s: float
+    peak_bytes: int | None
+
+
+class ForecastTotal(TypedDict):
+    """A figure of the whole run: what was expected, why it was not, and what it came to."""
+
+    expected: Expected | None
+    why_missing: str | None
+    actual: float | None
+
+
+class ForecastRecord(TypedDict):
+    """forecast.json of a run. `totals` are `device_hours`, `memory_bytes` of one device,
+    `host_bytes` of the process, `disk_bytes` and `energy_j`; `missing` are the parts that the hours
+    leave out. `settings` is a digest of those that decide what is computed.
+    """
+
+    settings: str
+    device: str
+    devices: int
+    parts: list[ForecastPart]
+    missing: list[str]
+    totals: dict[str, ForecastTotal]
 
 
 # -- records of the store -------------------------------------------------------------------------

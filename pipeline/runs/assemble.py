@@ -31,6 +31,7 @@ from pipeline.report.verdict import shown_line
 from pipeline.runs.allocation import allocation
 from pipeline.runs.charges import note_charges
 from pipeline.runs.environment import environment
+from pipeline.runs.forecasting import scored
 from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
 from pipeline.runs.rows import hours_in
 from pipeline.runs.running import Running
@@ -167,6 +168,12 @@ def build_result(running: Running, status: str, why: str | None) -> Result:
     events = read_events(running.session.folder / "journal.jsonl")
     result["run"]["cost"] = run_cost(events, result["run"], running.session.run.cost)
     result["conclusion"] = conclude(result)
+    forecast = attempted(
+        lambda: scored(running, result),
+        lambda why: running.book.notes.append(unmeasured("the forecast's score", why)),
+    )
+    if forecast is not None:
+        result["forecast"] = forecast
     return result
 
 

@@ -39,7 +39,7 @@ class Assessor:
         """Bring an artifact's assessment to its rows, made now or found; return what the store
         remembers of it.
         """
-        key = self._key(name, made, stage_key)
+        key = self.key(name, made, stage_key)
         record = self._recall(key, made)
         if record is None:
             record = self._assess(name, stage, made, key)
@@ -47,7 +47,8 @@ class Assessor:
             self._reuse(name, record)
         return record
 
-    def _key(self, name: str, made: Made, stage_key: str) -> str:
+    def key(self, name: str, made: Made, stage_key: str) -> str:
+        """Return the key of an artifact's assessment."""
         session, artifact = self.running.session, Artifact.from_json(made["artifact"])
         teacher = self._teacher(name)
         checks = self._wants_vllm(name) and self._why_no_vllm(artifact.path) is None

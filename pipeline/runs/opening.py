@@ -14,8 +14,9 @@ import secrets
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.compare.quality import MIN_DOCUMENTS
@@ -43,6 +44,9 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.placement import NOTHING_KNOWN, Grant, grant, placement
 from pipeline.ledger.records import RUN, read_record, sealed, sound_events, tell
 from pipeline.ledger.shapes import Identity, Placement, RunEnvironment, RunState
+from pipeline.report.forecast import forecast_line
+from pipeline.report.tables import WIDTH
+from pipeline.report.text import wrap
 from pipeline.runs.book import Book
 from pipeline.runs.environment import commit
 from pipeline.runs.jobs import jobs_of
@@ -54,13 +58,14 @@ from pipeline.runs.preflight import (
     check_releases,
     check_tasks,
     choose_device,
+    planned_ranks,
     slow_precision,
 )
 from pipeline.runs.resume import Past, read_past, why_unusable
 from pipeline.runs.running import Running
 from pipeline.runs.session import Session
 from pipeline.runs.timeline import Timeline
-from pipeline.stages.base import stages_of
+from pipeline.stages.base import BeforeRun, stages_of
 from pipeline.stages.settings import is_deterministic
 from pipeline.store.artifacts import Store, plain, reserve_room, write_json
 from pipeline.store.locks import check_locks, lock_at
@@ -72,14 +77,33 @@ LOCK_S = 1.0  # a delivery to MLflow holds a run's lock for a moment
 FREE_BYTES = 256 * 2**20  # a run that cannot even leave this much is refused
 
 
-def open_run(
-    run: Run, clock: PhaseClock, *, command: str, started_ns: int, ranks: Ranks = ALONE
-) -> Running:
-    """Prepare everything a run needs, refusing what the device or the data cannot do before
-    anything is written.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What is known of a run before anything of it is written.
 
-    Args:
-        ranks: The processes that share the run; this is the first.
+    Attributes:
+        root: `tracking.root`.
+        config: Digest of the settings and the data.
+        key: By which the run is found again.
+        known: What stages are told of the given model; None in a release check.
+        notes: What a reader must know of data, models and settings.
+    """
+
+    run: Run
+    root: Path
+    data: Dataset
+    device: Any
+    store: Store
+    config: str
+    key: str
+    gate: Gate | None
+    engine: dict[str, EngineResult]
+    known: BeforeRun | None
+    notes: list[str]
+
+
+def prepare(run: Run, clock: PhaseClock) -> Prepared:
+    """Refuse what the device, the models or the data cannot do.
 
     Raises:
         UserError: Naming the setting.
@@ -103,18 +127,12 @@ def open_run(
         store = Store(root / "store")
         engine = read_results(run)
         asked = check_tasks(run, clock)
-    of_models = (
-        check_models(run, data, store, clock, device, asked)
-        if gate is None
-        else check_releases(
-            run, data, {arm: side.artifact.path for arm, side in released.items()}, clock, asked
-        )
-    )
-    with clock.phase("prepare"):
-        folder, number, lock = _find_or_make(root, key, run)
-        path = folder / "journal.jsonl"
-        events = sound_events(read_events(path, checked=True), path)
-        journal = Journal(path, now_ns=clock.now_ns)
+    known = None
+    if gate is None:
+        of_models, known = check_models(run, data, store, clock, device, asked)
+    else:
+        folders = {arm: side.artifact.path for arm, side in released.items()}
+        of_models = check_releases(run, data, folders, clock, asked)
     notes = [
         *data.notes,
         *_demonstration(run, data),
@@ -123,6 +141,40 @@ def open_run(
         *_engines(engine),
         *slow_precision(run, device),
     ]
+    return Prepared(
+        run=run,
+        root=root,
+        data=data,
+        device=device,
+        store=store,
+        config=config,
+        key=key,
+        gate=gate,
+        engine=engine,
+        known=known,
+        notes=notes,
+    )
+
+
+def open_run(
+    run: Run, clock: PhaseClock, *, command: str, started_ns: int, ranks: Ranks = ALONE
+) -> Running:
+    """Prepare everything a run needs, refusing what the device or the data cannot do before
+    anything is written.
+
+    Args:
+        ranks: The processes that share the run; this is the first.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    ready = prepare(run, clock)
+    run, device, notes = ready.run, ready.device, [*ready.notes]
+    with clock.phase("prepare"):
+        folder, number, lock = _find_or_make(ready.root, ready.key, run)
+        path = folder / "journal.jsonl"
+        events = sound_events(read_events(path, checked=True), path)
+        journal = Journal(path, now_ns=clock.now_ns)
     with _or_nothing(folder, number, lock):
         sampler = Sampler(_reader(device, ranks), interval_s=run.ledger.sample_seconds)
         sampler.start()
@@ -132,33 +184,73 @@ def open_run(
             run_id=folder.name,
             number=number,
             folder=folder,
-            store=store,
+            store=ready.store,
             journal=journal,
             clock=clock,
             device=device,
-            data=data,
+            data=ready.data,
             command=command,
             started_ns=started_ns,
             sampler=sampler,
-            identity=_identity(run, folder, config, data),
+            identity=_identity(run, folder, ready.config, ready.data),
             placement=placed,
             grant=granted,
             devices=_devices(device, ranks),
             ranks=ranks,
-            engine=engine,
-            gate=gate,
+            engine=ready.engine,
+            gate=ready.gate,
         )
         reserve_room(folder)
-        state = {"key": key, "status": "RUNNING", "pid": os.getpid(), "attempt": number}
+        state = {"key": ready.key, "status": "RUNNING", "pid": os.getpid(), "attempt": number}
         jobs = jobs_of(folder) | ({granted.job_id} if granted is not None else set())
         write_json(folder / "run.json", sealed({**state, "jobs": sorted(jobs)}))
         _journal_start(session)
-        if gate is not None:
-            _identify(session, gate)
+        if ready.gate is not None:
+            _identify(session, ready.gate)
     running = _taking_over(session, read_past(session, events), notes, lock)
+    _say_forecast(running, ready.known)
     for note in notes:
         print(f"note: {note}", flush=True)
     return _delivered(running) if run.tracking.mlflow else running
+
+
+@contextmanager
+def opened_aside(run: Run, clock: PhaseClock) -> Generator[tuple[Running, BeforeRun | None]]:
+    """Open a run that is not to be: nothing of it stays but what its models are made from.
+
+    Raises:
+        UserError: As `open_run` does.
+    """
+    ready = prepare(run, clock)
+    with TemporaryDirectory() as aside:
+        folder = Path(aside) / "runs" / "forecast"
+        folder.mkdir(parents=True)
+        session = Session(
+            run=ready.run,
+            run_id=folder.name,
+            number=1,
+            folder=folder,
+            store=ready.store,
+            journal=Journal(folder / "journal.jsonl", now_ns=clock.now_ns),
+            clock=clock,
+            device=ready.device,
+            data=ready.data,
+            command="",
+            started_ns=clock.now_ns(),
+            sampler=Sampler(Absent("nothing is measured")),
+            identity=_identity(ready.run, folder, ready.config, ready.data),
+            placement={**NOTHING_KNOWN, "count": 1},
+            grant=None,
+            devices=planned_devices(ready.run, ready.device),
+            engine=ready.engine,
+            gate=ready.gate,
+        )
+        yield Running(session, Timeline(session), Book(session), lock=None), ready.known
+
+
+def planned_devices(run: Run, device: Any) -> int:
+    """Return how many devices a run will be attached to on this host: a CPU host is one."""
+    return 1 if device.type == "cpu" else planned_ranks(run, device)
 
 
 def _reader(device: Any, ranks: Ranks) -> Reader:
@@ -207,6 +299,23 @@ def _identity(run: Run, folder: Path, config: str, data: Dataset) -> Identity:
         "cost_center": run.tracking.cost_center,
         "purpose": run.tracking.purpose,
     }
+
+
+def _say_forecast(running: Running, known: BeforeRun | None) -> None:
+    """Print what the run will take, and keep it in its folder."""
+    with running.session.clock.phase("import"):  # what the stages import first of all
+        from pipeline.runs.forecasting import foresee, keep
+
+    def say() -> str:
+        forecast = foresee(running, known)
+        keep(running, forecast)
+        line = forecast_line(forecast.record, running.session.number)
+        return "\n".join(wrap(line, WIDTH, "    "))
+
+    with running.session.clock.phase("prepare"):
+        print(
+            attempted(say, lambda why: unmeasured("forecast: what it will take", why)), flush=True
+        )
 
 
 def _delivered(running: Running) -> Running:

@@ -7,25 +7,30 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.arms import BASE, STUDENT_INIT
+from pipeline.config.settings.hardware import ALL
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.config.settings.run import Measure, Run, scored_length
 from pipeline.config.settings.serving import Decode
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.tasks import Asked, check_lengths
+from pipeline.ledger.attempted import attempted
 from pipeline.ledger.devices.device import Device
 from pipeline.ledger.devices.table import device_of, open_device
-from pipeline.ledger.numbers import how_many
+from pipeline.ledger.memory import host_now
+from pipeline.ledger.numbers import how_many, num_bytes
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.heads import refuse_other_head
 from pipeline.runs.base_model import base_artifact, is_remade
-from pipeline.stages.base import BeforeRun, stages_of
-from pipeline.stages.settings import student_source
+from pipeline.stages.base import BeforeRun, stages_of, student_source
 from pipeline.store.artifacts import Store
 from pipeline.training.ranks import Place, place_in
+
+if TYPE_CHECKING:
+    from pipeline.forecast.memory import Spread
 
 SAMPLE = 64  # documents whose tokens are looked at; training and assessment look at all of theirs
 SAMPLE_BYTES = 4096  # of each
@@ -144,7 +149,7 @@ def check_models(
     clock: PhaseClock,
     device: Any,
     asked: Mapping[str, list[Asked]],
-) -> list[str]:
+) -> tuple[list[str], BeforeRun]:
     """Refuse models that cannot read this data or serve this load; of their files, only the small
     ones are read.
 
@@ -152,7 +157,7 @@ def check_models(
         asked: By lm-eval task, what a model will be asked.
 
     Returns:
-        What a reader must know of the models.
+        What a reader must know of the models, and what stages are told before the run.
 
     Raises:
         UserError: Naming the setting.
@@ -196,7 +201,65 @@ def check_models(
         known = BeforeRun(run, data, device, base, config)
         for name, stage in stages.items():
             stage.preflight(f"stages.{name}", known)
-    return list(dict.fromkeys(notes))
+        _check_memory(run, known)
+    return list(dict.fromkeys(notes)), known
+
+
+def _check_memory(run: Run, known: BeforeRun) -> None:
+    """Refuse a training that cannot fit its device, by what it takes at least.
+
+    Raises:
+        UserError: Naming the stage, and what would fit.
+    """
+    from pipeline.forecast.memory import remedies, training_memory
+
+    own, spread = device_of(known.device), planned_spread(run, known.device)
+    have = attempted(lambda: _free_memory(own, spread.ranks), lambda _: None)
+    for name, stage in stages_of(run).items():
+        work = attempted(lambda: stage.workload(name, known), lambda _: None)  # noqa: B023
+        if have is None or work is None or not work.trains or stage.optional:
+            continue
+        asked = (work, run.task, spread)
+        found = attempted(lambda: training_memory(*asked, own.chunk_bytes), lambda _: None)  # noqa: B023
+        if found is None or found.total.low <= have:
+            continue
+        parts = ", ".join(f"{part} {num_bytes(size)}" for part, size in found.parts().items())
+        problem = (
+            f"its training takes about {num_bytes(found.total.estimate)} of a device's memory"
+            f" ({parts}), and {num_bytes(have)} are free"
+        )
+        would = list(remedies(*asked, have, own.chunk_bytes))
+        remedy = " or ".join(would) or "a smaller model, or shorter sequences"
+        raise UserError(f"stages.{name}", problem, f"give {remedy}")
+
+
+def planned_spread(run: Run, device: Any) -> Spread:
+    """Return how ranks will share a training: those that are there, else those that settings ask
+    for.
+    """
+    from pipeline.forecast.memory import Spread
+
+    place = place_in()
+    if place is not None:
+        return Spread.of(run.parallel.mode, place.size, place.on_host)
+    planned = planned_ranks(run, device)
+    return Spread.of(run.parallel.mode, planned, planned)
+
+
+def planned_ranks(run: Run, device: Any) -> int:
+    """Return how many ranks this host will have, by the settings."""
+    wanted = run.hardware.devices
+    return device_of(device).count() if wanted == ALL else int(wanted)
+
+
+def _free_memory(device: Device, ranks: int) -> float | None:
+    """Return the bytes that a rank can have; on a CPU they share the host's."""
+    if device.counts_memory:
+        return float(device.free_bytes()[0])
+    if device.kind != "cpu":
+        return None
+    available = host_now()[1]
+    return None if available is None else available / ranks
 
 
 def _refuse_quantized(config: Any, key: str) -> None:

@@ -92,7 +92,7 @@ class StageRunner:
         gone = [arm for arm in arms_read(stage, session.run) if (arm, self.seed) not in arms]
         if gone:
             return f"{gone[0]} was skipped"
-        return stage.unavailable(session.run, session.device, self._inputs(name, stage))
+        return stage.unavailable(session.run, session.device, self.inputs(name, stage))
 
     def attempt(self, name: str, stage: Stage) -> Exception | None:
         """Bring one stage to its artifact, its assessment and its row: each reused where it was
@@ -118,10 +118,10 @@ class StageRunner:
         if why is not None:
             self.skip(name, stage, why)
             return
-        inputs = self._inputs(name, stage)
+        inputs = self.inputs(name, stage)
         _refuse_gone(stage.inputs(self.running.session.run), inputs)
         # Before the key: a control's budget of FLOPs is a part of what it makes.
-        matched = self._matched_flops(stage)
+        matched = self.matched_flops(stage)
         key = stage_key(self.running.session, name, stage, inputs, self.seed, matched)
         with timeline.hold(key, name):  # another process may be at it: then find it done
             # Looked up while the lock is held: who waited for it finds the work done.
@@ -139,7 +139,7 @@ class StageRunner:
         if assessed is not None:
             assessor.report_vllm(name, assessed)
 
-    def _inputs(self, name: str, stage: Stage) -> dict[str, Artifact]:
+    def inputs(self, name: str, stage: Stage) -> dict[str, Artifact]:
         """Return the artifacts that a stage reads, by role."""
         session, arms = self.running.session, self.running.book.arms
         if stage.takes_release() and session.gate is not None:
@@ -147,7 +147,7 @@ class StageRunner:
         roles = stage.inputs(session.run)
         return {role: arms[arm, self.seed].artifact for role, arm in roles.items()}
 
-    def _matched_flops(self, stage: Stage) -> float | None:
+    def matched_flops(self, stage: Stage) -> float | None:
         """Return the FLOPs that a stage may spend which matches others; None where it matches none,
         or theirs are unknown.
         """
@@ -303,7 +303,7 @@ class StageRunner:
             # By settings, so that another run with the same ones resumes from them.
             checkpoints=checkpoints,
             like=None if like is None else self._output(like.arm),
-            matched_flops=self._matched_flops(stage),
+            matched_flops=self.matched_flops(stage),
             points=lambda step, values: journal("points", step, values=values),
             history=lambda step: timeline.history(name, self.seed, step, phases_ns()),
             checkpointed=checkpointed,

@@ -120,6 +120,29 @@ class BeforeRun:
     config: Any
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a stage reads sequences with, as far as it is known before anything is made.
+
+    Attributes:
+        config: transformers configuration of the model.
+        precision: That it computes in.
+        batches: By which it reads train: sizes, lengths, steps, the optimizer; None where it reads
+            none of it.
+        trains: Whether it computes gradients.
+        teacher: Configuration of a frozen model that reads every batch beside it, and the precision
+            of that.
+        writes: Whether the model writes some of what it reads.
+    """
+
+    config: Any
+    precision: Precision
+    batches: TrainingConfig | None = None
+    trains: bool = False
+    teacher: tuple[Any, Precision] | None = None
+    writes: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class WarmUp:
     """What a stage may do before its window opens, as overhead of the run."""
@@ -319,6 +342,21 @@ class Stage(ABC):
             UserError: Naming the setting.
         """
 
+    def workload(self, name: str, known: BeforeRun) -> Workload | None:
+        """Return what it computes, for forecasts; None where that is not known before its turn."""
+        return None
+
+    def trial(self, steps: int, run: Run) -> Stage | None:
+        """Return the same stage with so few steps, of which the second half is read by itself; None
+        where a few steps tell nothing of it.
+        """
+        return None
+
+    def makes_config(self, known: BeforeRun) -> Any | None:
+        """Return the configuration of the model that it makes; None where its turn decides it."""
+        start = self.starts_from()
+        return None if start is None or not self.keeps_layers() else config_of(start, known)
+
     def unavailable(self, run: Run, device: Any, inputs: Mapping[str, Artifact]) -> str | None:
         """Return why this device, or what it would read, does not allow the stage, or None."""
         from pipeline.training.precision import why_not
@@ -363,6 +401,32 @@ class Stage(ABC):
 def stages_of(run: Run) -> dict[str, Stage]:
     """Return a composed recipe's stages by name, in the order they run."""
     return run.stages
+
+
+def config_of(arm: str, known: BeforeRun) -> Any | None:
+    """Return the configuration of an arm's model, as far as it is known before anything is made.
+
+    Args:
+        arm: Of a stage, `base` or `student_init`.
+    """
+    if arm == BASE:
+        return known.config
+    if arm != STUDENT_INIT:
+        return stages_of(known.run)[arm].makes_config(known)
+    from pipeline.models.student import student_config
+
+    student = known.run.student
+    if student.path is None and not is_base_shaped(student_source(known.run), known.run):
+        return None
+    return student_config(student, known.base, known.run.task)
+
+
+def student_source(run: Run) -> str:
+    """Return the arm that the student's layers, configuration and tokenizer are copied from."""
+    if run.student.source is not None:
+        return run.student.source
+    teachers = (stage.learns_from() for stage in stages_of(run).values())
+    return next((teacher for teacher in teachers if teacher is not None), BASE)
 
 
 def settings_of(stage: Stage, *left_out: str) -> dict[str, Any]:

@@ -16,10 +16,13 @@ from pipeline.errors import UserError
 from pipeline.stages.base import (
     LIKE,
     TEACHER,
+    BeforeRun,
     PrecisionInForce,
     Reference,
     Stage,
     WarmUp,
+    Workload,
+    config_of,
     settings_of,
     stages_of,
 )
@@ -134,6 +137,16 @@ class CaptureSettings(Stage):
 
     def _in_force(self, run: Run) -> dict[str, Any]:
         return {**self.captured(run), "precision": training_precision(self, run).value}
+
+    def workload(self, name: str, known: BeforeRun) -> Workload | None:
+        """Return the teacher's reading of what it captures."""
+        from pipeline.training.precision import frozen
+
+        config = config_of(self.teacher, known)
+        if config is None:
+            return None
+        precision = frozen(training_precision(self, known.run), known.device)
+        return Workload(config=config, precision=precision, batches=self.batches_like(known.run))
 
     def warm_up(self, inputs: Mapping[str, Artifact], ctx: WarmUp) -> None:
         """Import the teacher's class and what captures; encode train."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, TypedDict
 
 from pipeline.config.arms import BASE, stage_name
+from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format, Prefer
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
 from pipeline.config.settings.run import Run, scored_length
@@ -23,6 +24,8 @@ from pipeline.stages.base import (
     Reference,
     Stage,
     WarmUp,
+    Workload,
+    config_of,
     is_base_shaped,
     settings_of,
 )
@@ -84,6 +87,11 @@ class Conversion(Stage):
     def recovers(self) -> bool:
         """Return whether something is tried where the format loses too much."""
         return False
+
+    def workload(self, name: str, known: BeforeRun) -> Workload | None:
+        """Return the model that it reads and writes again."""
+        config = config_of(self.model, known)
+        return None if config is None else Workload(config=config, precision=Precision.fp32)
 
     def check(self, key: str, run: Run) -> None:
         """Refuse what this stage cannot do, before any device is touched.

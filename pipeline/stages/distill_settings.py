@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from pipeline.config.arms import BASE, STUDENT_INIT
+from pipeline.config.arms import STUDENT_INIT
 from pipeline.config.settings.distillation import Divergence, HeadKernel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.ranges import at_least_0, fraction, positive
@@ -21,15 +21,15 @@ from pipeline.stages.base import (
     Elsewhere,
     Reference,
     Stage,
+    Workload,
+    config_of,
     is_base_shaped,
-    stages_of,
 )
 from pipeline.stages.capture_settings import CaptureSettings
 from pipeline.stages.settings import (
     TrainingOverrides,
     check_classes,
     check_training,
-    student_source,
     training_settings,
 )
 from pipeline.training.ranks import place_in
@@ -169,27 +169,31 @@ class DistillSettings(TrainingOverrides):
         from pipeline.distillation.hidden import layer_pairs
         from pipeline.models.layers import layer_count
 
-        trained = self.num_trained_layers(key, known)
+        trained = self.makes_config(known)
         if trained is not None:
-            layer_pairs(self.layer_map, trained, layer_count(known.config), f"{key}.layer_map")
+            counts = layer_count(trained), layer_count(known.config)
+            layer_pairs(self.layer_map, *counts, f"{key}.layer_map")
 
-    def num_trained_layers(self, key: str, known: BeforeRun) -> int | None:
-        """Return how many layers the trained model has; None where a stage has yet to decide it."""
-        from pipeline.models.layers import layer_count
-        from pipeline.models.student import student_config
+    def workload(self, name: str, known: BeforeRun) -> Workload | None:
+        """Return its training, beside the teacher that it reads in every step."""
+        own = TrainingOverrides.workload(self, name, known)
+        if own is None:
+            return None
+        from pipeline.training.precision import frozen
 
-        run, arm = known.run, self.model
-        stage: Stage = self
-        while stage.keeps_layers() and arm not in (BASE, STUDENT_INIT):
-            stage = stages_of(run)[arm]
-            arm = stage.starts_from() or ""
-        if not stage.keeps_layers() or arm not in (BASE, STUDENT_INIT):
-            return None
-        if arm == BASE:
-            return layer_count(known.config)
-        if run.student.path is None and not is_base_shaped(student_source(run), run):
-            return None
-        return layer_count(student_config(run.student, known.base, run.task))
+        teacher = None
+        if self.completions is None and self.cache is None:
+            config = config_of(self.teacher, known)
+            if config is None:
+                return None
+            precision = self.teacher_precision or own.precision
+            teacher = (config, frozen(precision, known.device))
+        return replace(own, teacher=teacher, writes=self.on_policy > 0)
+
+    def trial(self, steps: int, run: Run) -> Stage | None:
+        """Return itself with so few steps, whatever the teacher knows."""
+        found = TrainingOverrides.trial(self, steps, run)
+        return None if found is None else replace(found, allow_weak_teacher=True)
 
     def is_split(self, run: Run) -> bool:
         """Return whether there are steps to share."""

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.ledger.metrics import DIRECTION, PRIMARY
 from pipeline.ledger.numbers import agreed, how_many
 from pipeline.ledger.shapes import About
-from pipeline.stages.base import BeforeRun, is_base_shaped
+from pipeline.stages.base import BeforeRun, config_of
 from pipeline.stages.distill_settings import DistillSettings
 from pipeline.stages.settings import training_precision, training_settings
 
@@ -87,14 +87,17 @@ class PruneStage(DistillSettings):
         """Return False."""
         return False
 
-    def num_trained_layers(self, key: str, known: BeforeRun) -> int | None:
-        """Return how many layers are left; None where a stage has yet to decide it."""
-        from pipeline.models.layers import layer_count
+    def makes_config(self, known: BeforeRun) -> Any | None:
+        """Return that of what it cuts, with as many layers as are left: which go is yet to be
+        found.
+        """
+        from pipeline.models.layers import cut_config, layer_count
 
-        if not is_base_shaped(self.model, known.run):
+        config = config_of(self.model, known)
+        if config is None:
             return None
-        num_layers = layer_count(known.config)
-        return num_layers - self.num_dropped(num_layers, key)
+        total = layer_count(config)
+        return cut_config(config, range(total - self.num_dropped(total, "drop")), "drop")
 
     def num_dropped(self, num_layers: int, key: str) -> int:
         """Return how many layers go.
@@ -116,12 +119,14 @@ class PruneStage(DistillSettings):
         """Refuse a model that cannot do with fewer layers; one that is made first is looked at when
         its turn comes.
         """
-        from pipeline.models.layers import check_layers
+        from pipeline.models.layers import check_layers, layer_count
 
+        config = config_of(self.model, known)
+        if config is not None:
+            total = layer_count(config)
+            left = range(total - self.num_dropped(total, key))
+            check_layers(config, known.run.task, left, f"{key}.drop")
         DistillSettings.preflight(self, key, known)
-        left = self.num_trained_layers(key, known)
-        if left is not None:
-            check_layers(known.config, known.run.task, range(left), f"{key}.drop")
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
         """Drop layers, train what is left, and leave it in `ctx.out`."""

@@ -34,8 +34,10 @@ from pipeline.stages.base import (
     Reference,
     Stage,
     WarmUp,
+    Workload,
+    config_of,
     settings_of,
-    stages_of,
+    student_source,
 )
 from pipeline.store.artifacts import plain
 from pipeline.training.ranks import place_in
@@ -197,6 +199,41 @@ class TrainingOverrides(Stage):
         assert self.stack is not None
         config = stacked(known.config, self.stack)
         check_layers(known.config, known.run.task, config, f"{key}.stack")
+
+    def workload(self, name: str, known: BeforeRun) -> Workload | None:
+        """Return its training, where its model's configuration is known."""
+        config = self.makes_config(known)
+        if config is None:
+            return None
+        return Workload(
+            config=config,
+            precision=training_precision(self, known.run),
+            batches=training_settings(self, known.run),
+            trains=self.trains(known.run),
+        )
+
+    def trial(self, steps: int, run: Run) -> Stage | None:
+        """Return itself with so few steps; None where it takes fewer, or as many as another stage
+        bought.
+        """
+        settings = training_settings(self, run)
+        is_short = settings.epochs is None and settings.steps <= 2 * steps
+        if self.matched(run) or is_short:
+            return None
+        halves = {"steps": steps, "epochs": None, "eval_every": steps // 2}
+        # a choice by trial would cost more than the probe
+        never = Compile.never if settings.compile is Compile.auto else settings.compile
+        return dataclasses.replace(self, **halves, checkpoint_every=steps, compile=never)
+
+    def makes_config(self, known: BeforeRun) -> Any | None:
+        """Return that of the model it starts from, stacked where it is."""
+        config = config_of(self.model, known)
+        if config is None or self.stack in (None, 1):
+            return config
+        from pipeline.models.layers import cut_config
+        from pipeline.models.student import stacked
+
+        return cut_config(config, stacked(config, self.stack), "stack")
 
     def warm_up(self, inputs: Mapping[str, Artifact], ctx: WarmUp) -> None:
         """Import the optimizer's library, the model's class and the loop; encode train."""
@@ -418,14 +455,6 @@ def start_references(name: str, run: Run) -> dict[str, Reference]:
     if run.student.path is not None:
         return {}
     return {STUDENT_SOURCE: Reference(student_source(run), "student.source")}
-
-
-def student_source(run: Run) -> str:
-    """Return the arm that the student's layers, configuration and tokenizer are copied from."""
-    if run.student.source is not None:
-        return run.student.source
-    teachers = (stage.learns_from() for stage in stages_of(run).values())
-    return next((teacher for teacher in teachers if teacher is not None), BASE)
 
 
 def student_settings(run: Run, inputs: Mapping[str, Artifact]) -> dict[str, Any]:

@@ -65,13 +65,13 @@ from pipeline.tasks.table import Task
 from pipeline.training.activations import checkpoint_activations
 from pipeline.training.cadence import said as cadence_said
 from pipeline.training.compiling import said as compile_said
-from pipeline.training.loop import Hooks, Progress, steps_between_evaluations, train
+from pipeline.training.loop import Hooks, Progress, train
 from pipeline.training.objective import Objective, Teacher, columns_of, parameter_hash
 from pipeline.training.overlapping import said as overlap_said
 from pipeline.training.precision import arithmetic, round_weights
 from pipeline.training.prefetch import Batches
 from pipeline.training.reading import Examined, check_attention, examine
-from pipeline.training.schedule import first_row, sequence_length
+from pipeline.training.schedule import first_row, sequence_length, steps_between_evaluations
 from pipeline.training.selfcheck import LEAST_SHARE, check_teacher
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ from pipeline.training.parallel import Shared, SharedWeights, is_sharded, share
 from pipeline.training.precision import matmuls
 from pipeline.training.prefetch import Batches, made_ahead
 from pipeline.training.ranks import ALONE, STOPS, Ranks
-from pipeline.training.schedule import is_constant, learning_rate
+from pipeline.training.schedule import is_constant, learning_rate, steps_between_evaluations
 
 # Waiting for every loss would leave the device idle while the host prepares the next step.
 LATE = 4  # steps a loss reading may be late on an accelerator; also how far the host may run ahead
@@ -593,11 +593,6 @@ def _wait(loop: _Loop) -> None:
     """Wait for the device, which computes the steps meanwhile."""
     with loop.clock.phase("backward"):
         device_of(loop.objective.device).synchronise()
-
-
-def steps_between_evaluations(settings: TrainingConfig) -> int:
-    """Return how many steps lie between two evaluations: a fifth of all, unless declared."""
-    return settings.eval_every or max(1, math.ceil(settings.steps / 5))
 
 
 def _joined(batch: dict[str, Tensor], parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

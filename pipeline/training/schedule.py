@@ -73,6 +73,11 @@ def first_row(step: int, settings: TrainingConfig) -> int:
     return read + (step - since) * full
 
 
+def steps_between_evaluations(settings: TrainingConfig) -> int:
+    """Return how many steps lie between two evaluations: a fifth of all, unless declared."""
+    return settings.eval_every or max(1, math.ceil(settings.steps / 5))
+
+
 def _doublings(start: int, full: int) -> int:
     # log2 of the ratio, in whole numbers
     return (full // start).bit_length() - 1

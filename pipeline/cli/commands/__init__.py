@@ -10,6 +10,7 @@ COMMANDS = {
     "sync": "deliver to MLflow what it has not had yet",
     "chargeback": "who spent what in a period",
     "history": "the verdicts of a model's last releases, with alarms",
+    "forecast": "what a run will take, before it is started",
     "selftest": "judge a model against itself: what the release check can tell",
     "launch": "write the job file of Slurm, SkyPilot or Kubernetes for a run",
 }

@@ -181,6 +181,7 @@ def make_job(asked: Asked, run: Any, *, command: str) -> Job:
         hosts=asked.number("hosts") or 1,
         cpus=asked.number("cpus"),
         memory_gib=asked.number("memory"),
+        limits_time=asked.engine.limits_time,
     )
     job = Job(
         name=name,
@@ -233,6 +234,8 @@ def _hand_over(engine: Engine, job: Job, *, submit: bool) -> int:
         problem = f"{one_line(path, 200)} cannot be written ({why})"
         raise UserError("file", problem, "name another place") from None
     print(f"wrote {job.file}")
+    if job.needs.source:
+        print(f"asked for: {job.needs.source}")
     if not submit:
         print(f"hand it over: {shlex.join(client)}")
         return Exit.DONE

@@ -36,6 +36,15 @@ class Format(Enum):
     float8_weight_only = "float8_weight_only"
     float8_dynamic = "float8_dynamic"
 
+    @property
+    def bits(self) -> int | None:
+        """Bits of a stored weight; None where a search has yet to choose."""
+        if self is Format.auto:
+            return None
+        if self in SIXTEEN_BITS:
+            return 16
+        return 4 if "4" in self.value else 8
+
 
 SIXTEEN_BITS = (Format.bf16, Format.fp16)
 """Formats that take the whole model, and hold no library's layers."""

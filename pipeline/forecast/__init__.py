@@ -1,0 +1,1 @@
+"""What a run will take, said before it begins, and what became of what was said."""
