@@ -10,7 +10,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 MARKS ?= not gpu
 INSTALLED := $(VENV)/.installed
 
-.PHONY: fuzz demo test test-all faults slurm mutants check docs format ui clean
+.PHONY: fuzz demo test test-all faults slurm engines mutants check docs format ui clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ faults: $(INSTALLED)  # kills, full disks, servers that answer wrongly; the slow
 
 slurm: $(INSTALLED)  # a preempted run on a real Slurm, which it installs; root, Debian
 	$(BIN)/python tests/slurm/prove.py
+
+engines:  # job files against the engines' own validators, which it installs
+	bash tests/engines/validate.sh $(PYTHON)
 
 check: $(INSTALLED) docs  # format, lint, types, the documentation
 	$(BIN)/ruff format --check .

@@ -9,6 +9,8 @@ from typing import Any
 
 import jsonschema
 import pytest
+from here import here, result_in
+from make_golden import COMMON
 from make_result import make_result, make_row, make_run, value
 
 from pipeline.config.settings.cost import CostConfig
@@ -337,6 +339,29 @@ def test_a_state_says_which_jobs_a_run_was_in(tmp_path: Path, sacct: Any) -> Non
     state = read_record(folder / "run.json", RUN)
     assert state is not None
     assert state.get("jobs") == ["1"]
+
+
+@pytest.mark.slow
+def test_a_run_in_a_job_says_what_is_held_for_it(
+    tmp_path: Path, sacct: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sacct(line='echo "7|RUNNING|$(($(date +%s) - 3600))|Unknown|3600|cpu=1,gres/gpu=4"')
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "h200:4")
+    done = here(tmp_path, "recipe=baseline", *COMMON)
+    assert done.returncode == 0, done.stderr
+    result = result_in(tmp_path)
+    assert result["run"]["allocated"]["gpu_hours"] == value(4.0, "estimated")
+    [grant] = result["run"]["allocated"]["grants"]
+    assert (grant["job_id"], grant["attempts"], grant["gpus"]) == ("7", [1], 4)
+    assert "job 7 holds 4 GPUs, and the run uses none" in result["environment"]["notes"]
+    hours = result["rows"][0]["ledger"]
+    held, attached = hours["gpu_hours"]["allocated"], hours["device_hours"]["attached"]
+    assert held["value"] == pytest.approx(4 * attached["value"])
+    assert (
+        "Slurm held 4.00 h of GPU time for it (job 7, 1 start, which had not ended yet)"
+        in (tmp_path / "mlruns/latest/report.md").read_text()
+    )
 
 
 # -- money -----------------------------------------------------------------------------------------

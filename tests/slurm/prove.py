@@ -37,6 +37,14 @@ RANKS = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--mem=3000"]
 NEEDS_S = 1500  # for the whole of it, on two cores that others use as well
 CANNOT = 77
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+PROGRAM = """#!/bin/bash
+start="${SLURM_RESTART_COUNT:-0}"
+place="of $WORLD_SIZE, local $LOCAL_RANK of $LOCAL_WORLD_SIZE, MASTER_ADDR=$MASTER_ADDR"
+echo "$start rank $RANK $place $*" >> TOLD
+[ "$start" = 1 ] && exit 0
+trap 'echo "$start rank $RANK got USR1" >> TOLD; exit 75' USR1
+while :; do sleep 0.2; done
+"""
 failures: list[str] = []
 began = time.monotonic()
 
@@ -77,6 +85,7 @@ def prove(place: Path) -> int:
         preempt(cluster, work, job)
         ended(cluster, work, job)
         compare(cluster, work, job)
+        limited(cluster, work)
         launched(cluster, work)
     except Exception:
         show_logs(place, work)
@@ -149,6 +158,8 @@ def compare(cluster: Cluster, work: Path, job: str) -> None:
     elapsed = [seconds(row[2]) for row in rows]
     gpus = [int(row[3].partition("gres/gpu=")[2].partition(",")[0]) for row in rows]
 
+    first = rows[0][1]
+    check(f"its first start ended as {first}: its ranks did within the grace", first == "REQUEUED")
     before = allocated(work)
     say(f"result.json as the run ended: {before['gpu_hours']}")
     check("it said so as an estimate", before["gpu_hours"]["provenance"] == "estimated")
@@ -177,6 +188,27 @@ def compare(cluster: Cluster, work: Path, job: str) -> None:
     )
     notes = [note for note in result["environment"]["notes"] if note.startswith("job ")]
     say(f"notes: {notes}")
+
+
+def limited(cluster: Cluster, work: Path) -> None:
+    """Have a time limit come up, with a program in place of Python that says what it is told."""
+    program, told = work / "program", work / "told"
+    program.write_text(PROGRAM.replace("TOLD", str(told)))
+    program.chmod(0o755)
+    own = {"PIPELINE_DIR": str(work), "PYTHON": str(program)}
+    limits = ["--time=1", "--signal=USR1@55"]
+    words = ["sbatch", "--parsable", f"--chdir={work}", *RANKS, *limits, str(JOB)]
+    job = cluster.run(*words, **own).strip()
+    say(f"job {job} of one minute, USR1 55 s before it is over")
+    until("it ends", lambda: state(cluster, job) in OVER)
+    lines = sorted(told.read_text().splitlines())
+    for line in lines:
+        say(f"told: {line}")
+    check(f"job {job} is {state(cluster, job)}", state(cluster, job) == "COMPLETED")
+    master = "MASTER_ADDR=n1 -m pipeline recipe=distill parallel.mode=fsdp"
+    ranks = [f"{start} rank {rank} of 2, local 0 of 1, {master}" for start in "01" for rank in "01"]
+    stopped = [f"0 rank {rank} got USR1" for rank in "01"]
+    check("both ranks got USR1, and came again", lines == sorted([*ranks, *stopped]))
 
 
 def launched(cluster: Cluster, work: Path) -> None:
