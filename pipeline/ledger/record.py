@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from pipeline.config.settings.cost import CostConfig
 from pipeline.ledger.cost import money
+from pipeline.ledger.devices.table import is_gpu
 from pipeline.ledger.disturbance import Disturbance
 from pipeline.ledger.gpu_timeline import FIGURES as TRACED
 from pipeline.ledger.gpu_timeline import NOT_TRACED
@@ -247,8 +248,9 @@ def _gpu_hours(
     if values["busy"].value is None and busy_in_steps.value is not None:
         values["busy"] = busy_in_steps
     values["allocated"] = allocated_hours(values["attached"].value or 0.0, devices, granted)
-    if kind == "cpu":
-        values = dict.fromkeys(values, null("a CPU run uses no GPU"))
+    if not is_gpu(kind):
+        why = "a CPU run uses no GPU" if kind == "cpu" else f"hours of {kind} are no GPU-hours"
+        values = dict.fromkeys(values, null(why))
         if granted is not None and granted.gpus:  # and never touched
             values["allocated"] = allocated_hours(parts["attached"] / HOUR_NS, 1, granted)
     return {name: value.to_json() for name, value in values.items()}

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from pipeline.errors import one_line
+from pipeline.ledger.devices.table import is_gpu
 from pipeline.ledger.metrics import DIRECTION, RELATIVE, TASK
 from pipeline.ledger.numbers import agreed, count, duration, how_many
 from pipeline.ledger.shapes import (
@@ -110,7 +111,7 @@ def end_code(verdict: Ended) -> int:
 
 
 def _serving(criterion: CriterionRecord, verdict: Judgement) -> str:
-    device = "GPU-s" if verdict["device"]["kind"] != "cpu" else "device-s"
+    device = "GPU-s" if is_gpu(verdict["device"]["kind"]) else "device-s"
     what = f"{device}/1k {verdict['unit']}s"
     saving = criterion["value"]["value"]
     if saving is None:
