@@ -7,10 +7,11 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # What `make test-all` runs: everything that needs no GPU.
 # After `make test`, MARKS='slow and not gpu' is the rest.
-MARKS ?= not gpu
+MARKS ?= not gpu and not distributed
 INSTALLED := $(VENV)/.installed
 
-.PHONY: fuzz demo test test-all faults slurm engines mutants check docs format ui clean
+.PHONY: fuzz demo test test-all faults distributed slurm engines mutants check docs format ui \
+	clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +32,10 @@ mutants: $(INSTALLED)  # single-line faults that the default suite must find
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 faults: $(INSTALLED)  # kills, full disks, servers that answer wrongly; the slow ones too
-	$(PYTEST) -m faults
+	$(PYTEST) -m 'faults and not distributed'
+
+distributed: $(INSTALLED)  # ranks on two hosts, kills, partitions; by root, in minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m distributed
 
 slurm: $(INSTALLED)  # a preempted run on a real Slurm, which it installs; root, Debian
 	$(BIN)/python tests/slurm/prove.py

@@ -49,14 +49,12 @@ class Output:
 def run(argv: list[str]) -> int:
     """Run one command line; return its exit code, also where it is stopped while it starts."""
     from pipeline.cli.commands import COMMANDS, run_command
-    from pipeline.cli.ranks import is_silent
+    from pipeline.cli.ranks import fall_silent, is_silent
 
     if argv and argv[0] in COMMANDS:
         return run_command(argv, started_ns=STARTED_NS)
     if is_silent():  # one of several speaks
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
+        fall_silent()
     from pipeline.runs.signals import StoppedEarly, as_the_stop, ignore_all, listen_early
 
     listen_early()

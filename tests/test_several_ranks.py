@@ -37,7 +37,8 @@ from pipeline.training.ranks import Place, RankLost, Ranks, place_in
 
 PROGRAM = str(PROJECT / "tests/programs/ranks.py")
 SMALL = [
-    *("recipe=baseline", "hardware.device=cpu", "training.batch_size=4", "training.steps=8"),
+    *("recipe=baseline", "hardware.device=cpu", "precision=fp32"),
+    *("training.batch_size=4", "training.steps=8"),
     *("training.sequence_length=32", "data.max_documents=40", "quality.max_documents=20"),
     *("quality.bootstrap=200", "tracking.mlflow=false", "serving.blocks=4", "serving.batches=[1]"),
     *("serving.load.prompt=16", "serving.load.new=2", "serving.load.batch=1"),
@@ -160,12 +161,24 @@ def test_the_environment_says_which_rank_it_is(more: dict[str, str], place: Plac
         ({"RANK": "4"}, "RANK: 4 is no rank of WORLD_SIZE=4"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR: is not set, and WORLD_SIZE=4"),
         ({"MASTER_PORT": ""}, "MASTER_PORT: is not set"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT: 'http' is no number"),
+        ({"RANK": "-1"}, "RANK: '-1' is no number"),
+        ({"WORLD_SIZE": "0"}, "RANK: 1 is no rank of WORLD_SIZE=0"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK: 'x' is no number"),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK: 2 is none of 2 ranks on this"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE: 0 ranks on this host"),
+        ({"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE: 5 ranks on this host, and WORLD_SIZE=4"),
     ],
 )
 def test_half_an_environment_is_refused(more: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
         place_in({**GIVEN, **more})
     assert "hardware.devices=N" in str(error.value)
+
+
+def test_a_port_is_one() -> None:
+    with pytest.raises(UserError, match="MASTER_PORT: 65536 is no port; give one from 1 to 65535"):
+        place_in({**GIVEN, "MASTER_PORT": "65536"})
 
 
 def wanted(devices: Any, monkeypatch: pytest.MonkeyPatch, **environment: str) -> int:
@@ -229,6 +242,8 @@ def test_one_of_several_speaks() -> None:
     assert [is_silent({"RANK": each}) for each in ("0", "1", "")] == [False, True, False]
     assert [is_silent({"SLURM_PROCID": each}) for each in ("0", "3")] == [False, True]
     assert not is_silent({"RANK": "0", "SLURM_PROCID": "3"})
+    # no rank that there is: nobody else would say so
+    assert [is_silent({"RANK": "4", "WORLD_SIZE": size}) for size in ("4", "5")] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -428,8 +443,8 @@ def test_ranks_with_other_settings_are_refused_in_one_line(tmp_path: Path) -> No
     found = ended(start(commands, tmp_path))
     assert [code for code, _, _ in found] == [1, 1]
     assert found[0][2] == (
-        "refused: RANK: rank 0 and 1 rank (1) have different settings; give every rank the same"
-        " command and the same checkout\n"
+        "refused: RANK: rank 0 and rank 1 have different settings; give every rank the same"
+        " command\n"
     )
     assert found[1][1:] == ("", "")
 
@@ -446,7 +461,7 @@ def test_several_jobs_by_ranks_from_outside_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.faults
 def test_ranks_that_never_come_are_said(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline", *SMALL, "parallel.timeout_seconds=3"]
+    command = [sys.executable, "-m", "pipeline", *SMALL, "parallel.rendezvous_seconds=3"]
     done = subprocess.run(
         command,
         cwd=tmp_path,
@@ -458,6 +473,7 @@ def test_ranks_that_never_come_are_said(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("refused: MASTER_ADDR: 2 ranks do not meet at 127.0.0.1:")
+    assert "rank 1 did not come within 3 s" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "mlruns/runs").exists()
 

@@ -543,8 +543,9 @@ def _execute(
 ) -> int:
     from hydra.core.hydra_config import HydraConfig
 
-    from pipeline.cli.ranks import ranks_to_start, start_ranks
+    from pipeline.cli.ranks import ranks_to_start, speak, start_ranks
     from pipeline.runs.loop import execute
+    from pipeline.training.meeting import FirstMissing
     from pipeline.training.ranks import place_in
 
     count = ranks_to_start(run)
@@ -554,7 +555,11 @@ def _execute(
         raise UserError("--multirun", problem, "give hardware.devices=N, or a command for each job")
     if count > 1:
         return start_ranks(count, _of_this_job(argv), started_ns)
-    return execute(run, command=command, started_ns=started_ns, deliveries=deliveries)
+    try:
+        return execute(run, command=command, started_ns=started_ns, deliveries=deliveries)
+    except FirstMissing:
+        speak()
+        raise
 
 
 def _of_this_job(argv: Sequence[str]) -> list[str]:

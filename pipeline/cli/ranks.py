@@ -19,6 +19,7 @@ from pipeline.errors import Exit, UserError
 from pipeline.training.ranks import place_in
 
 STARTED = "PIPELINE_STARTED_NS"  # when the command began: its start is part of the run
+_said_to: list[int] = []  # standard error of a rank that is silent
 ENDED_WITHIN_S = 120  # what a rank has for its checkpoint once it is told to end
 # which the agent passes on; at Ctrl-C, which reaches this process alone, it ends ranks by SIGTERM
 SIGNALS = "SIGTERM,SIGUSR1,SIGUSR2"
@@ -27,7 +28,27 @@ SIGNALS = "SIGTERM,SIGUSR1,SIGUSR2"
 def is_silent(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether this process is a rank, or a task, of which another one speaks."""
     rank = environment.get("RANK") or environment.get("SLURM_PROCID") or "0"
+    size = environment.get("WORLD_SIZE") or ""
+    if rank.isdecimal() and size.isdecimal() and int(rank) >= int(size):
+        return False  # no rank that there is
     return rank.isdecimal() and int(rank) > 0
+
+
+def fall_silent() -> None:
+    """Say nothing from here on: another process speaks."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    _said_to.append(os.dup(sys.stderr.fileno()))
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+
+
+def speak() -> None:
+    """Say errors again: the first of each host does, where the one that speaks for all is not
+    there.
+    """
+    place = place_in()
+    if _said_to and place is not None and place.local == 0:
+        os.dup2(_said_to.pop(), sys.stderr.fileno())
 
 
 def ranks_to_start(run: Run) -> int:

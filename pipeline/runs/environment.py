@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,6 +58,15 @@ def commit() -> str | None:
         return done.stdout.strip() or None
 
     return attempted(described, lambda _: None)  # no git on this machine
+
+
+@cache
+def code_digest() -> str:
+    """Return a digest of the sources of this package, committed or not."""
+    package, whole = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        whole.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return whole.hexdigest()
 
 
 def _version(name: str) -> str | None:

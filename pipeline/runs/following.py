@@ -3,40 +3,57 @@ share of the stages that are split.
 
 They write nothing but their shards of a teacher's cache: no journal, no checkpoint, no artifact, no
 line. What they would leave in a stage's folder is thrown away. A rank that fails by itself says why
-and ends, which the first one finds out at its next step.
+and parts, which the first one finds out at its next step. Its process ends after the first one's:
+whoever started the ranks would take the run for one that this rank's exit code ended.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.settings.run import Run
 from pipeline.data.load import load_dataset
-from pipeline.errors import BudgetSpent, DeviceLost, Exit, Preempted, StageFailed, UserError
+from pipeline.errors import (
+    BudgetSpent,
+    DeviceLost,
+    Exit,
+    Preempted,
+    StageFailed,
+    UserError,
+    exit_of,
+)
 from pipeline.ledger.devices.table import device_of
-from pipeline.ledger.numbers import how_many
 from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.shapes import OutputRecord
-from pipeline.runs.environment import commit
+from pipeline.runs.environment import code_digest
 from pipeline.runs.preflight import choose_device
 from pipeline.runs.signals import noted, on_stop_signal
+from pipeline.runs.versions import versions
 from pipeline.stages.base import Stage
 from pipeline.stages.context import Context, Output
 from pipeline.store.artifacts import Artifact, key_of, plain
+from pipeline.store.locks import REMEDY, is_held
+from pipeline.training.meeting import ranks_named
 from pipeline.training.ranks import ALONE, RankLost, Ranks, join, place_in
 
 if TYPE_CHECKING:
     from pipeline.data.documents import Dataset
 
-ENDED_WITHIN_S = 600.0  # a rank that has nothing to wait for any more is ended by who started it
+
+SAME = {"settings": "command", "code": "checkout", "libraries": "environment"}
+"""What ranks have to have alike, and where it comes from."""
+SEEN_WITHIN_S = 20.0  # a file of another host; NFS keeps the names in a folder for so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +85,42 @@ def joined(run: Run, clock: PhaseClock) -> Generator[Ranks]:
     if place is None:
         yield ALONE
         return
+    # torch's own account of connections; of what fails there is an exception
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with clock.phase("import"):
         import torch
     with clock.phase("comm_wait"):
-        device = choose_device(run)
-        if device.type == "cpu" and run.hardware.num_threads is None:
-            # ranks of a host share its cores
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.on_host))
-        backend = device_of(device).collectives
-        ranks = join(place, backend=backend, timeout_seconds=run.parallel.timeout_seconds)
-        _check_same(run, ranks)
-    # Where the run fails, the others find out when this process ends: parting in order would wait
-    # for a rank that is lost.
-    yield ranks
+        backend, refusal = None, None
+        try:
+            device = choose_device(run)
+        except UserError as error:  # rank 0 speaks for all
+            refusal = error
+        else:
+            backend = device_of(device).collectives
+            if device.type == "cpu" and run.hardware.num_threads is None:
+                # ranks of a host share its cores
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.on_host))
+        ranks = join(
+            place,
+            backend=backend,
+            timeout_seconds=run.parallel.timeout_seconds,
+            rendezvous_seconds=run.parallel.rendezvous_seconds,
+            refusal=refusal,
+        )
+        try:
+            _check_same(run, ranks)
+            _check_shared(run, ranks)
+        except UserError:
+            if not ranks.is_first:
+                ranks.await_the_end()
+            raise
+    try:
+        yield ranks
+    except BaseException as error:
+        # Nothing is asked of the others that one which is lost would have to answer.
+        if ranks.is_first and not isinstance(error, RankLost):
+            ranks.end(exit_of(error))
+        raise
     if ranks.is_first:
         ranks.told(None)
     ranks.leave()
@@ -88,15 +128,84 @@ def joined(run: Run, clock: PhaseClock) -> Generator[Ranks]:
 
 def _check_same(run: Run, ranks: Ranks) -> None:
     """Refuse ranks that are about to do different things."""
-    settings, code = key_of(run=plain(run)), commit()
-    everywhere = ranks.gathered((settings, code))
-    others = [rank for rank, each in enumerate(everywhere) if each != everywhere[0]]
-    if not others:
+    own = {"settings": key_of(run=plain(run)), "code": code_digest(), "libraries": versions()}
+    everywhere = ranks.gathered(own)
+    for what, remedy in SAME.items():
+        others = [rank for rank, each in enumerate(everywhere) if each[what] != everywhere[0][what]]
+        if others:
+            problem = f"rank 0 and {ranks_named(others)} have different {what}"
+            raise UserError("RANK", problem, f"give every rank the same {remedy}")
+
+
+def _check_shared(run: Run, ranks: Ranks) -> None:
+    """Refuse a folder that not all ranks see, or whose locks do not hold between hosts.
+
+    Rank 0 leaves a file there and holds its lock while the others look.
+
+    Raises:
+        UserError: On every rank.
+    """
+    root = Path(run.tracking.root).expanduser().absolute()
+    # rank 0 waits no longer for an answer
+    within_s = min(SEEN_WITHIN_S, run.parallel.timeout_seconds / 2)
+    with _left_by_first(root, ranks) as name:
+        if name is None:  # it cannot be written to, which rank 0 will refuse
+            return
+        found = True if ranks.is_first else _found(root / name, within_s)
+        everywhere = ranks.gathered((found, socket.gethostname()))
+    blind = [rank for rank, (seen, _) in enumerate(everywhere) if seen is None]
+    if blind:
+        host, other = everywhere[0][1], everywhere[blind[0]][1]
+        problem = (
+            f"what rank 0 on {host} writes to {root}, {ranks_named(blind)} on {other} cannot see"
+        )
+        raise UserError("tracking.root", problem, "give a folder that all hosts share")
+    unlocked = [rank for rank, (seen, _) in enumerate(everywhere) if seen is False]
+    if unlocked:
+        problem = f"{root}: a lock that rank 0 holds keeps {ranks_named(unlocked)} not off"
+        raise UserError("tracking.root", problem, REMEDY)
+
+
+@contextmanager
+def _left_by_first(root: Path, ranks: Ranks) -> Generator[str | None]:
+    """Give the name of a locked file that rank 0 leaves in a folder; None where it cannot."""
+    if not ranks.is_first:
+        yield ranks.told()
         return
-    what = "settings" if any(each[0] != settings for each in everywhere) else "code"
-    named = ", ".join(map(str, others[:8]))
-    problem = f"rank 0 and {how_many(len(others), 'rank')} ({named}) have different {what}"
-    raise UserError("RANK", problem, "give every rank the same command and the same checkout")
+    path, is_new = root / f".ranks-{uuid.uuid4().hex}", not root.exists()
+    with ExitStack() as opened:
+        if is_new:  # a run that is refused leaves nothing
+            opened.callback(_remove_empty, root)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context(path.open("xb"))
+            opened.callback(path.unlink, missing_ok=True)
+            is_held(file)
+        except OSError:
+            yield ranks.told(None)
+            return
+        yield ranks.told(path.name)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _found(path: Path, within_s: float) -> bool | None:
+    """Return whether the lock of a file is held; None: no such file is seen within some seconds."""
+    until = time.monotonic() + within_s
+    while True:
+        try:
+            # names of files are kept for seconds by some: listing them asks anew
+            if path.name in os.listdir(path.parent):
+                with path.open("r+b") as file:
+                    return is_held(file)
+        except OSError:
+            pass
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.1)
 
 
 def share_of(name: str, stage: Stage, inputs: Mapping[str, Artifact], ctx: Context) -> Share:
@@ -118,20 +227,22 @@ def follow(run: Run, ranks: Ranks, clock: PhaseClock) -> int:
         try:
             data = load_dataset(run.data, run.task)
             device = choose_device(run)
+            # what the first one imports before its stages: it would wait for it in the first step
+            importlib.import_module("transformers")
             while True:
                 task = ranks.told()
                 if task is None:
                     return Exit.DONE
                 with _as_the_first_one_sees_it():
                     _work(task, run, ranks, device, data, clock, signals)
-        except RankLost:  # the first one has ended, or another rank has failed and said why
-            _wait_for_the_end()
-            return Exit.REFUSED
-        # The outermost frame: whatever it was, the others must not wait for this rank. They find
-        # out when its process ends.
+        except RankLost as lost:  # the first one has ended, or another rank failed and said why
+            code = lost.code
+        # The outermost frame: whatever it was, the others must not wait for this rank.
         except BaseException as error:  # noqa: BLE001
             ranks.fail(error)
-            return Exit.REFUSED
+            code = Exit.REFUSED
+        _wait_for_the_end(ranks)
+        return code
 
 
 @contextmanager
@@ -145,12 +256,13 @@ def _as_the_first_one_sees_it() -> Generator[None]:
         pass
 
 
-def _wait_for_the_end() -> None:
+def _wait_for_the_end(ranks: Ranks) -> None:
     """Give the first rank the time to say how the run ended: whoever started the ranks takes the
     exit code of the one that ends first.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(ENDED_WITHIN_S)
+    ranks.leave()  # who waits for this one in a step finds out
+    ranks.await_the_end()
 
 
 def _work(

@@ -5,9 +5,10 @@ Rank 0 runs the recipe: it alone decides, writes and reports. The others follow 
 LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_* say who is who, whoever set them: this project's own
 launcher, torchrun, accelerate, or one scheduler task a rank.
 
-Two groups connect them. Tensors of steps go through the group that torch makes for the device, in
-which a rank that does not answer is an error after `parallel.timeout_seconds`. What rank 0 tells
-the others goes through one of its own on the hosts, in which they may wait for days.
+Two groups connect them: one for tensors of steps, as torch makes it for the device, and one of the
+hosts for what all give (`gathered`). In both, a rank that does not answer is an error after
+`parallel.timeout_seconds`. What rank 0 tells the others goes through torch's store. It may work
+alone for days: they wait as long as it gives signs of life (`training/meeting.py`).
 """
 
 from __future__ import annotations
@@ -16,15 +17,31 @@ import os
 import socket
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.errors import BudgetSpent, DeviceLost, Preempted, StageFailed, UserError, one_line
+from pipeline.errors import (
+    BudgetSpent,
+    DeviceLost,
+    Exit,
+    Preempted,
+    StageFailed,
+    UserError,
+    one_line,
+)
+from pipeline.ledger.numbers import how_many
+from pipeline.training.meeting import FirstGone, meet, where
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pipeline.training.meeting import Meeting
 
 Thing = TypeVar("Thing")
 FAILED = "failed"  # what the first rank that failed says of it
-PATIENCE = timedelta(days=30)  # of ranks that wait for what rank 0 tells them
+PARTED_WITHIN_S = 3.0  # what ranks have to hear that a run ends; they keep the store no longer
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 START_ALL = (
     "start all ranks by hardware.devices=N, torchrun, or one scheduler task a rank; or unset"
@@ -33,7 +50,21 @@ START_ALL = (
 
 
 class RankLost(DeviceLost):
-    """Another rank does not answer any more."""
+    """Another rank does not answer any more.
+
+    Attributes:
+        code: What this one ends with.
+    """
+
+    code: int = Exit.REFUSED
+
+
+class Parted(RankLost):
+    """The first rank has ended the run."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"the first rank ends with exit code {code}")
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +94,28 @@ def place_in(environment: Mapping[str, str] = os.environ) -> Place | None:
         return None
     size, rank = _number("WORLD_SIZE", environment), _number("RANK", environment)
     local = _number("LOCAL_RANK", environment) if "LOCAL_RANK" in environment else None
-    on_host = environment.get("LOCAL_WORLD_SIZE") or str(size)
-    if size < 1 or not 0 <= rank < size:
+    there = _number("LOCAL_WORLD_SIZE", environment) if "LOCAL_WORLD_SIZE" in environment else size
+    if size < 1 or rank >= size:
         raise UserError("RANK", f"{rank} is no rank of WORLD_SIZE={size}", START_ALL)
     if size == 1:
         return None
+    if not 1 <= there <= size:
+        problem = f"{there} ranks on this host, and WORLD_SIZE={size}"
+        raise UserError("LOCAL_WORLD_SIZE", problem, START_ALL)
+    if local is not None and local >= there:
+        problem = f"{local} is none of {how_many(there, 'rank')} on this host"
+        raise UserError("LOCAL_RANK", problem, START_ALL)
+    _check_meeting_place(size, environment)
+    return Place(rank, size, rank % there if local is None else local, there)
+
+
+def _check_meeting_place(size: int, environment: Mapping[str, str]) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     if missing:
         raise UserError(missing[0], f"is not set, and WORLD_SIZE={size}", START_ALL)
-    there = int(on_host) if on_host.isdecimal() else size
-    return Place(rank, size, rank % there if local is None else local, there)
+    port = _number("MASTER_PORT", environment)
+    if not 0 < port < 2**16:
+        raise UserError("MASTER_PORT", f"{port} is no port", "give one from 1 to 65535")
 
 
 def _number(name: str, environment: Mapping[str, str]) -> int:
@@ -89,13 +132,16 @@ class Ranks:
 
     Attributes:
         place: Which rank it is.
-        control: The group by which rank 0 tells the others; None: it is alone.
+        control: The group of the hosts; None: it is alone.
         hosts: How many there are.
+        meeting: Where ranks leave texts for one another; None: it is alone.
     """
 
     place: Place = Place()
     control: Any = None
     hosts: int = 1
+    meeting: Meeting | None = None
+    _turns: Iterator[int] = field(default_factory=count)  # what was told, and is
 
     @property
     def rank(self) -> int:
@@ -127,7 +173,7 @@ class Ranks:
         import torch.distributed as dist
 
         found = torch.tensor(numbers, dtype=torch.int64)
-        _answered(lambda: dist.all_reduce(found, dist.ReduceOp.MAX))
+        self._answered(lambda: dist.all_reduce(found, dist.ReduceOp.MAX))
         return [int(each) for each in found.tolist()]
 
     def add_up(self, values: Any) -> None:
@@ -135,7 +181,7 @@ class Ranks:
         if self.several:
             import torch.distributed as dist
 
-            _answered(lambda: dist.all_reduce(values))
+            self._answered(lambda: dist.all_reduce(values))
 
     def meet(self) -> None:
         """Wait until all are here."""
@@ -144,18 +190,27 @@ class Ranks:
     # -- what rank 0 tells ------------------------------------------------------------------------
 
     def told(self, thing: Any = None) -> Any:
-        """Return what rank 0 gives; the others wait for it."""
-        held: list[Any] = [thing]
-        if self.several:
-            import torch
-            import torch.distributed as dist
+        """Return what rank 0 gives; the others wait for it.
 
-            _answered(
-                lambda: dist.broadcast_object_list(
-                    held, src=0, group=self.control, device=torch.device("cpu")
-                )
-            )
-        return held[0]
+        Raises:
+            RankLost: If it is gone.
+            Parted: If it has ended the run.
+        """
+        meeting = self.meeting
+        if meeting is None:
+            return thing
+        name = f"told/{next(self._turns)}"
+        if self.is_first:
+            self._answered(lambda: meeting.tell(name, (None, thing)))
+            return thing
+        try:
+            code, thing = meeting.told(name)
+        except FirstGone as error:
+            raise self.lost(error) from error
+        if code is not None:
+            meeting.put(_parted(self.rank), "")
+            raise Parted(code)
+        return thing
 
     def gathered(self, thing: Thing) -> list[Thing]:
         """Return what every rank gives, by rank."""
@@ -164,7 +219,7 @@ class Ranks:
             import torch.distributed as dist
 
             found = [None] * self.size
-            _answered(lambda: dist.all_gather_object(found, thing, group=self.control))
+            self._answered(lambda: dist.all_gather_object(found, thing, group=self.control))
         return found
 
     @contextmanager
@@ -180,15 +235,50 @@ class Ranks:
             raise
         except RuntimeError as error:
             if self.several and _is_of_others(error):
-                raise lost(error) from error
+                raise self.lost(error) from error
             raise
+
+    def _answered(self, ask: Any) -> None:
+        """Ask all ranks.
+
+        Raises:
+            RankLost: If one does not answer.
+        """
+        try:
+            ask()
+        except RuntimeError as error:
+            raise self.lost(error) from error
+
+    def lost(self, error: RuntimeError) -> RankLost:
+        """Return what an error between ranks amounts to: what the one that failed said, if it
+        did.
+        """
+        said = None if self.meeting is None else self.meeting.get(FAILED)
+        if said is not None:
+            return RankLost(f"{said}; the same command goes on from the last checkpoint")
+        told = one_line(error, 120)
+        return RankLost(
+            f"a rank does not answer any more ({told}); the same command goes on from the last"
+            " checkpoint"
+        )
 
     def fail(self, error: BaseException) -> None:
         """Say why this rank ends, for the first one to tell."""
-        if self.several:
+        if self.meeting is not None:
+            said = f"rank {self.rank} failed: {type(error).__name__}: {one_line(error, 160)}"
+            self.meeting.put(FAILED, said)
+
+    def await_the_end(self) -> None:
+        """Wait until the first rank has ended, or gives no sign of life any more."""
+        if self.meeting is not None:
+            self.meeting.await_the_end()
+
+    def end(self, code: int) -> None:
+        """Have the others end as the first one does, where they wait for what it tells them."""
+        if self.meeting is not None:
             with suppress(RuntimeError):
-                said = f"rank {self.rank} failed: {type(error).__name__}: {one_line(error, 160)}"
-                _store().set(FAILED, said)
+                self.meeting.tell(f"told/{next(self._turns)}", (int(code), None))
+                self.meeting.all_left(map(_parted, range(1, self.size)), PARTED_WITHIN_S)
 
     def leave(self) -> None:
         """Part."""
@@ -204,36 +294,13 @@ STOPS: tuple[type[Exception] | None, ...] = (None, Preempted, BudgetSpent)
 """Why work stops between two steps; where ranks differ, the last of these wins."""
 
 
+def _parted(rank: int) -> str:
+    return f"parted/{rank}"
+
+
 def agreed_stop(stop: type[Exception] | None, ranks: Ranks) -> type[Exception] | None:
     """Return why all are to stop, where any rank has a reason."""
     return STOPS[ranks.largest(STOPS.index(stop))[0]] if ranks.several else stop
-
-
-def _answered(ask: Any) -> None:
-    """Ask all ranks.
-
-    Raises:
-        RankLost: If one does not answer.
-    """
-    try:
-        ask()
-    except RuntimeError as error:
-        raise lost(error) from error
-
-
-def lost(error: RuntimeError) -> RankLost:
-    """Return what an error between ranks amounts to: what the one that failed said, if it did."""
-    said = None
-    with suppress(RuntimeError):
-        if _store().check([FAILED]):
-            said = _store().get(FAILED).decode()
-    if said is not None:
-        return RankLost(f"{said}; the same command goes on from the last checkpoint")
-    told = one_line(error, 120)
-    return RankLost(
-        f"a rank does not answer any more ({told}); the same command goes on from the last"
-        " checkpoint"
-    )
 
 
 def _is_of_others(error: RuntimeError) -> bool:
@@ -246,32 +313,45 @@ def _is_of_others(error: RuntimeError) -> bool:
     )
 
 
-def _store() -> Any:
-    """Return what torch's ranks keep beside them: it outlives their groups."""
-    import torch.distributed.distributed_c10d as torchs
-
-    return torchs._get_default_store()  # pyright: ignore[reportPrivateUsage]
-
-
-def join(place: Place, *, backend: str, timeout_seconds: float) -> Ranks:
+def join(
+    place: Place,
+    *,
+    backend: str | None,
+    timeout_seconds: float,
+    rendezvous_seconds: float | None = None,
+    refusal: UserError | None = None,
+) -> Ranks:
     """Meet the other ranks.
 
     Args:
-        backend: Of torch.distributed, for tensors: see `Device.collectives`.
+        backend: Of torch.distributed, for tensors: see `Device.collectives`. None: with `refusal`.
+        rendezvous_seconds: Which they have to come. None: as many as to answer.
+        refusal: Why this rank cannot take part; rank 0 says so, and all end.
 
     Raises:
-        UserError: If they do not come.
+        UserError: If they do not come, or one of them cannot take part.
     """
     import torch.distributed as dist
 
+    meeting = meet(
+        place.rank,
+        place.size,
+        within_s=rendezvous_seconds or timeout_seconds,
+        patience_s=timeout_seconds,
+        refusal=refusal,
+    )
+    timeout = timedelta(seconds=timeout_seconds)
+    about: dict[str, Any] = {"rank": place.rank, "world_size": place.size, "timeout": timeout}
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-        control = dist.new_group(backend="gloo", timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:  # a port in use, a name unknown, ranks that are not
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        problem = f"{place.size} ranks do not meet at {where} ({one_line(error, 120)})"
-        raise UserError("MASTER_ADDR", problem, "check that all are started, and the port") from (
-            error
+        dist.init_process_group(backend, store=meeting.store, **about)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # hosts that see the port, and not one another
+        problem = (
+            f"{place.size} ranks meet at {where()} and cannot connect to one another"
+            f" ({one_line(error, 120)})"
         )
-    ranks = Ranks(place, control)
-    return Ranks(place, control, len(set(ranks.gathered(socket.gethostname()))))
+        remedy = "name the network that joins the hosts: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
+        raise UserError("MASTER_ADDR", problem, remedy) from error
+    ranks = Ranks(place, control, 1, meeting)
+    hosts = len(set(ranks.gathered(socket.gethostname())))
+    return Ranks(place, control, hosts, meeting)

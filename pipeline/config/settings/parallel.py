@@ -29,3 +29,4 @@ class ParallelConfig:
     mode: Parallel = Parallel.auto  # what each rank holds
     # a rank that does not answer for so long in a step ends the run
     timeout_seconds: float = positive(600.0)
+    rendezvous_seconds: float = positive(600.0)  # that all ranks have to come, at the start
