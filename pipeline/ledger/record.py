@@ -4,7 +4,7 @@ provenance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.config.settings.cost import CostConfig
@@ -27,6 +27,7 @@ from pipeline.ledger.shapes import (
     HoursPart,
     LedgerRecord,
     Measurements,
+    RankTime,
     StageTimeline,
 )
 from pipeline.ledger.values import Value, derive, measured, null
@@ -59,6 +60,9 @@ class Spent:
         phases_ns: Self times over work and assessment, without the lost part; they sum to the rest
             exactly.
         alone_ns: Those of them in which one device worked, and all others of the attempt waited.
+        others_ns: What other devices did meanwhile, where each told it: their self times together.
+        told_ns: Those of `phases_ns` that stand beside them.
+        ranks: What each rank told, for readers.
     """
 
     work_ns: int = 0
@@ -67,6 +71,39 @@ class Spent:
     lost_as: str = "failed_attempt"
     phases_ns: dict[str, int] = field(default_factory=dict)
     alone_ns: dict[str, int] = field(default_factory=dict)
+    others_ns: dict[str, float] = field(default_factory=dict)
+    told_ns: dict[str, int] = field(default_factory=dict)
+    ranks: list[RankTime] = field(default_factory=list)
+
+    def add_told(self, phases_ns: Mapping[str, int], others: Sequence[Mapping[str, float]]) -> None:
+        """Add the self times of a window in which every device told its own.
+
+        Args:
+            phases_ns: Of the first device; they fill the window.
+            others: Of the others. What is left of the window each of them waited.
+        """
+        self.add_phases(phases_ns)
+        for name, ns in phases_ns.items():
+            self.told_ns[name] = self.told_ns.get(name, 0) + ns
+        for each in others:
+            for name, ns in each.items():
+                self.others_ns[name] = self.others_ns.get(name, 0) + ns
+
+    def of_devices(self, devices: int) -> tuple[dict[str, float], float]:
+        """Return the self times by phase as those of a device in the mean, and what devices waited
+        for others, in nanoseconds of all devices.
+        """
+        idle = self.idle_ns(devices)
+        found: dict[str, float] = {}
+        for name in {**self.phases_ns, **self.others_ns}:
+            told = self.told_ns.get(name, 0)
+            alike = self.phases_ns.get(name, 0) - told - idle.get(name, 0)
+            found[name] = alike + (told + self.others_ns.get(name, 0)) / devices
+        waited = sum(idle.values())
+        if self.others_ns:
+            whole = sum(self.told_ns.values()) * (devices - 1)
+            waited += max(0, whole - sum(self.others_ns.values())) / devices
+        return found, waited
 
     def add_phases(
         self, phases_ns: Mapping[str, int], alone: Callable[[str], bool] = lambda _: False
@@ -122,14 +159,12 @@ def ledger(
         peak: Dense TFLOP/s of one device in the arithmetic of this stage.
     """
     total = spent.work_ns + spent.assess_ns + spent.lost_ns
-    idle = spent.idle_ns(devices)
-    # a phase is that of the devices that worked
-    phases = {phase: ns - idle.get(phase, 0) for phase, ns in spent.phases_ns.items()}
+    phases, waited = spent.of_devices(devices)  # a phase is that of the devices that worked
     wasted_by = dict.fromkeys(WASTE_CAUSES, 0.0)
     for phase, cause in WASTED.items():
         wasted_by[cause] += phases.get(phase, 0)
     wasted_by[spent.lost_as] += spent.lost_ns
-    wasted_by["idle_rank"] += sum(idle.values())
+    wasted_by["idle_rank"] += waited
     wasted = sum(wasted_by.values())
     productive = sum(ns for phase, ns in phases.items() if phase in PRODUCTIVE)
     # The rest, so that the three classes add up to all of the time.
@@ -174,6 +209,8 @@ def ledger(
         "conditions": _conditions(usage, disturbance, spent, truncated=truncated),
         "gpu_timeline": traced,
     }
+    if spent.ranks:
+        record["ranks"] = spent.ranks
     found = problems(record)
     return {
         **record,

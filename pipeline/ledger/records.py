@@ -20,7 +20,7 @@ from pipeline.ledger import shapes
 from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.json_schema import Schema, why_not
 from pipeline.ledger.metrics import PHASES
-from pipeline.ledger.schema import FORECAST_SCHEMA, RESULT_SCHEMA, VALUE
+from pipeline.ledger.schema import FORECAST_SCHEMA, RANK_TIME, RESULT_SCHEMA, VALUE
 from pipeline.ledger.shapes import Event
 from pipeline.ledger.values import from_schema_1
 
@@ -110,7 +110,7 @@ ANY_ARTIFACT = Spec(
 MADE = Spec(
     shapes.Made,
     _fields(
-        {"usage": _USAGE, "disturbance": _VALUES},
+        {"usage": _USAGE, "disturbance": _VALUES, "ranks": _list_of(RANK_TIME)},
         artifact=_ARTIFACT,
         run_id=_TEXT,
         attempt=_ATTEMPT,

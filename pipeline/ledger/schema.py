@@ -89,6 +89,18 @@ _PHASES_NS = {
     "additionalProperties": {"type": "integer", "minimum": 0},
 }
 _STRINGS = {"type": "array", "items": {"type": "string"}}
+RANK_TIME: Schema = {
+    "type": "object",
+    "required": ["rank", "host", "phases_ns", "local_ns"],
+    "additionalProperties": False,
+    "properties": {
+        "rank": {"type": "integer", "minimum": 0},
+        "host": {"type": "string"},
+        "phases_ns": _PHASES_NS,
+        "local_ns": {"type": "integer", "minimum": 0},
+    },
+}
+"""What a rank did in a stage that all work on."""
 _QUALITY_NAMES = {"anyOf": [{"enum": list(QUALITY_KEYS)}, {"pattern": TASK_KEY}]}
 _COST = _values("amount", extra={"currency": {"type": ["string", "null"]}})
 # a run of an older release has none
@@ -136,6 +148,7 @@ _LEDGER: Schema = {
     "additionalProperties": False,
     "properties": {
         "conditions": _CONDITIONS,
+        "ranks": {"type": "array", "items": RANK_TIME},
         "gpu_timeline": _values(
             *TRACED,
             extra={

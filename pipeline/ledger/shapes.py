@@ -168,6 +168,17 @@ class GpuTimelineRecord(TypedDict):
     notes: list[str]
 
 
+class RankTime(TypedDict):
+    """What a rank did in a stage that all work on: self times by phase, and what of them no
+    collective can be in, by which ranks are compared.
+    """
+
+    rank: int
+    host: str
+    phases_ns: PhasesNs
+    local_ns: int
+
+
 class Measurements(TypedDict):
     """A row's figures, before they are held against each other."""
 
@@ -181,6 +192,7 @@ class Measurements(TypedDict):
     cost: Money
     conditions: Conditions
     gpu_timeline: NotRequired[GpuTimelineRecord]
+    ranks: NotRequired[list[RankTime]]
 
 
 class Checked(Measurements):
@@ -967,6 +979,7 @@ class Made(TypedDict):
     memory: Figures
     usage: NotRequired[UsageRecord]
     disturbance: NotRequired[Figures]
+    ranks: NotRequired[list[RankTime]]
     earlier: list[Row]
 
 

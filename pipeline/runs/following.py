@@ -34,8 +34,9 @@ from pipeline.errors import (
     exit_of,
 )
 from pipeline.ledger.devices.table import device_of
-from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.shapes import OutputRecord
+from pipeline.ledger.numbers import percent
+from pipeline.ledger.phases import PhaseClock, difference
+from pipeline.ledger.shapes import OutputRecord, RankTime
 from pipeline.runs.environment import code_digest
 from pipeline.runs.preflight import choose_device
 from pipeline.runs.signals import noted, on_stop_signal
@@ -214,6 +215,42 @@ def share_of(name: str, stage: Stage, inputs: Mapping[str, Artifact], ctx: Conte
     return Share(name, stage, inputs, ctx.seed, like, ctx.matched_flops, ctx.checkpoints)
 
 
+WITHOUT_COLLECTIVES = ("data_wait", "h2d", "optimizer")
+"""Phases of a step in which no rank waits for another, whatever the mode: forward and backward
+passes gather shares of weights, or send gradients."""
+
+
+def told_times(ranks: Ranks, run: Run, phases_ns: dict[str, int]) -> list[RankTime]:
+    """Return what each rank did in a stage, by rank; all call it once they are through.
+
+    Args:
+        phases_ns: This rank's self times in it.
+    """
+    names = [*WITHOUT_COLLECTIVES, *([] if run.parallel.mode.shards else ["forward"])]
+    own: RankTime = {
+        "rank": ranks.rank,
+        "host": socket.gethostname(),
+        "phases_ns": phases_ns,
+        "local_ns": sum(phases_ns.get(name, 0) for name in names),
+    }
+    return ranks.gathered(own)
+
+
+def straggler(times: list[RankTime]) -> str | None:
+    """Return which rank the others wait for, in words; None where none is slower by a tenth."""
+    if len(times) < 2:
+        return None
+    ordered = sorted(times, key=lambda each: each["local_ns"])
+    slowest, middle = ordered[-1], ordered[(len(ordered) - 1) // 2]["local_ns"]
+    if slowest["local_ns"] <= 1.1 * middle or not middle:
+        return None
+    longer = percent(slowest["local_ns"] / middle - 1)
+    return (
+        f"rank {slowest['rank']} ({slowest['host']}) takes {longer} longer than the others for what"
+        " each does by itself in a step, and all wait for it"
+    )
+
+
 def follow(run: Run, ranks: Ranks, clock: PhaseClock) -> int:
     """Do what the first rank says until it says that the run has ended.
 
@@ -295,4 +332,6 @@ def _work(
             say=lambda _: None,
             ranks=ranks,
         )
+        before = clock.mark()[1]
         task.stage.run(task.inputs, context)
+        told_times(ranks, run, difference(clock.mark()[1], before))

@@ -27,6 +27,7 @@ from pipeline.ledger.shapes import (
     Quality,
     QualityFigure,
     QuantizationRecord,
+    RankTime,
     Row,
     Unchanged,
 )
@@ -149,9 +150,39 @@ def made_spent(session: Session, stage: Stage, made: Made) -> Spent:
     """
     spent = Spent()
     if is_of_this_attempt(session, made):
-        spent.work_ns = made["work_ns"]
-        spent.add_phases(made["phases_ns"], by_first(session.run, stage))
+        _add_work(spent, session, stage, made)
     return spent
+
+
+def _add_work(spent: Spent, session: Session, stage: Stage, made: Made) -> None:
+    """Add what the work on an artifact took: on each device, where ranks told it."""
+    spent.work_ns = made["work_ns"]
+    spent.ranks = made.get("ranks", [])
+    others = _of_other_devices(spent.ranks, on_hosts=session.device.type == "cpu")
+    if len(others) == session.devices - 1 > 0:
+        spent.add_told(made["phases_ns"], others)
+    else:
+        spent.add_phases(made["phases_ns"], by_first(session.run, stage))
+
+
+def _of_other_devices(ranks: list[RankTime], *, on_hosts: bool) -> list[dict[str, float]]:
+    """Return the self times of each device but the first.
+
+    Args:
+        on_hosts: A host is one device, whose time is that of its ranks in the mean.
+    """
+    if not on_hosts:
+        return [dict(each["phases_ns"]) for each in ranks[1:]]
+    hosts: dict[str, list[RankTime]] = {}
+    for each in ranks:
+        hosts.setdefault(each["host"], []).append(each)
+    return [
+        {
+            name: sum(each["phases_ns"].get(name, 0) for each in there) / len(there)
+            for name in {name for each in there for name in each["phases_ns"]}
+        }
+        for there in list(hosts.values())[1:]
+    ]
 
 
 def is_of_this_attempt(session: Session, made: Made) -> bool:
@@ -206,8 +237,8 @@ def reused_work(
         Usage.from_json(made["usage"]) if "usage" in made else never.usage,
         Disturbance.from_json(made["disturbance"]) if "disturbance" in made else never.disturbance,
     )
-    spent = Spent(made["work_ns"])
-    spent.add_phases(made["phases_ns"], by_first(session.run, stage))
+    spent = Spent()
+    _add_work(spent, session, stage, made)
     row = make_row(
         session,
         name,

@@ -15,13 +15,13 @@ from pipeline.errors import DeviceLost, StageFailed, UserError
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import difference
 from pipeline.ledger.records import MADE
-from pipeline.ledger.shapes import HistoryEntry, Made, Row
+from pipeline.ledger.shapes import HistoryEntry, Made, RankTime, Row
 from pipeline.ledger.values import Value
 from pipeline.report.progress import progress_bar
 from pipeline.runs.assessor import Assessor
 from pipeline.runs.base_model import base_artifact
 from pipeline.runs.book import Arm
-from pipeline.runs.following import share_of
+from pipeline.runs.following import share_of, straggler, told_times
 from pipeline.runs.keys import stage_key
 from pipeline.runs.out_of_memory import failing_as
 from pipeline.runs.resume import from_checkpoint
@@ -205,7 +205,7 @@ class StageRunner:
             stage.warm_up(inputs, WarmUp(session.run, session.data, session.device, session.clock))
             session.memory.start(session.device)
             with timeline.window("work", name, self.seed) as window:
-                artifact, output = self._work(name, stage, inputs, key, window, checkpoints)
+                artifact, output, times = self._work(name, stage, inputs, key, window, checkpoints)
                 # The window ends when the device is done, not when it was asked. What failed on
                 # it may be told only now.
                 with failing_as(self.running, name, "work", stage):
@@ -228,6 +228,7 @@ class StageRunner:
             "memory": {part: value.to_json() for part, value in memory.items()},
             "usage": usage.to_json(),
             "disturbance": timeline.disturbance(name, self.seed).to_json(),
+            **({"ranks": times} if times else {}),
             "earlier": book.rows_of(name, self.seed),
         }
         # The record before the checkpoints go: a crash in between only leaves files behind.
@@ -243,15 +244,21 @@ class StageRunner:
         key: str,
         window: OpenWindow,
         checkpoints: Path,
-    ) -> tuple[Artifact, Output]:
+    ) -> tuple[Artifact, Output, list[RankTime]]:
         session, book = self.running.session, self.running.book
         with session.store.scratch() as out:
             context = self._context(name, stage, window, out, checkpoints)
             with failing_as(self.running, name, "work", stage):
                 if context.ranks.several:
                     context.ranks.told(share_of(name, stage, inputs, context))
+                before, times = session.clock.mark()[1], list[RankTime]()
                 output = stage.run(inputs, context)
+                if context.ranks.several:
+                    own = difference(session.clock.mark()[1], before)
+                    times = told_times(context.ranks, session.run, own)
             book.notes += output.notes
+            slow = straggler(times)
+            book.notes += [] if slow is None else [f"{name}: {slow}"]
             with session.clock.phase("checkpoint"):
                 manifest = {
                     "recipe": session.run.recipe,
@@ -264,7 +271,7 @@ class StageRunner:
                     **output.about,
                 }
                 # Still inside the window: work lasts until the artifact is committed.
-                return session.store.commit(out, stage.makes, manifest), output
+                return session.store.commit(out, stage.makes, manifest), output, times
 
     def _context(
         self, name: str, stage: Stage, window: OpenWindow, out: Path, checkpoints: Path
