@@ -147,7 +147,8 @@ def _activations(work: Workload, task: Task, tokens: int) -> tuple[float | None,
     is computed again; None where they cannot be counted.
     """
     assert work.batches is not None
-    kept = attempted(lambda: kept_bytes(work.config, task, work.precision), lambda _: None)
+    length = work.batches.sequence_length
+    kept = attempted(lambda: kept_bytes(work.config, task, work.precision, length), lambda _: None)
     if kept is None:
         return None, 0.0
     size = size_of(work.config, task)

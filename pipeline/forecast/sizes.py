@@ -21,7 +21,6 @@ from pipeline.tasks.table import Task
 
 THIRTY_TWO = (Precision.fp32, Precision.tf32)
 """Precisions whose activations are in 32 bits; those of others are mostly in 16."""
-LENGTH = 128  # tokens of the sequence that is read to count activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +63,16 @@ def size_of(config: Any, task: Task) -> ModelSize:
     return _size_of(_Key(config, task))
 
 
-def kept_bytes(config: Any, task: Task, precision: Precision) -> float:
+def kept_bytes(config: Any, task: Task, precision: Precision, length: int) -> float:
     """Return the bytes that a token leaves for the backward pass, all layers together.
+
+    Args:
+        length: Of the sequence it is read in: attention with dropout keeps a square of it.
 
     Raises:
         Exception: Of any kind, where the model does not run without data.
     """
-    return _kept(_Key(config, task), precision)
+    return _kept(_Key(config, task), precision, length)
 
 
 class _Key:
@@ -142,7 +144,7 @@ def _active(model: Any, text: Any) -> dict[str, float]:
 
 
 @lru_cache(maxsize=64)
-def _kept(key: _Key, precision: Precision) -> float:
+def _kept(key: _Key, precision: Precision, length: int) -> float:
     """Return the bytes that a token leaves for the backward pass in all layers.
 
     What autograd saves of one layer is counted, each storage once, weights and their 16-bit copies
@@ -163,14 +165,10 @@ def _kept(key: _Key, precision: Precision) -> float:
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model: Any = auto_class(task).from_config(config).train()
-        if pure:
-            model = model.bfloat16()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        dtype = torch.bfloat16 if pure else torch.float32
+        model: Any = auto_class(task).from_config(config, dtype=dtype).train()
         body = getattr(model, model.base_model_prefix)
-        ids = torch.zeros(1, LENGTH, dtype=torch.long)
+        ids = torch.zeros(1, length, dtype=torch.long)
         casting = torch.autocast("cpu", torch.bfloat16) if narrow else nullcontext()
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with casting, hooks:
@@ -183,4 +181,4 @@ def _kept(key: _Key, precision: Precision) -> float:
             for module in body.modules()
             if isinstance(module, torch.nn.Linear) and narrow
         )
-    return max(0.0, sum(stored.values()) - copies) / LENGTH * layers
+    return max(0.0, sum(stored.values()) - copies) / length * layers
