@@ -183,7 +183,9 @@ def peak_of(asked: Workload, folder: Path) -> int:
 
     class Windows:
         def batch(self, step: int) -> dict[str, torch.Tensor]:
-            ids = torch.randint(5, asked.config.vocab_size, (settings.batch_size, settings.sequence_length))
+            ids = torch.randint(
+                5, asked.config.vocab_size, (settings.batch_size, settings.sequence_length)
+            )
             places = torch.arange(settings.sequence_length).expand_as(ids).contiguous()
             return {"input_ids": ids, "labels": ids.clone(), "position_ids": places}
 
