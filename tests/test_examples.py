@@ -5,8 +5,10 @@ commands.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ import pytest
 import yaml
 from ranks_here import PROJECT, free_port
 from test_several_ranks import SMALL, result_of
+
+from pipeline.launch.job import Job, Options
+from pipeline.launch.needs import Needs
+from pipeline.launch.skypilot import text as skypilot_text
 
 EXAMPLES = PROJECT / "examples"
 SRUN = """#!/bin/bash
@@ -68,9 +74,9 @@ def job(
     )
 
 
-def code_of(ended: subprocess.Popen[str]) -> int:
+def code_of(ended: subprocess.Popen[str], within_s: float = 30) -> int:
     """Return the exit code of a job, once it has ended."""
-    ended.communicate(timeout=30)
+    ended.communicate(timeout=within_s)
     return ended.returncode
 
 
@@ -118,6 +124,62 @@ def test_two_tasks_are_two_ranks_of_one_run(tmp_path: Path) -> None:
     assert ended.returncode == 0, errors
     assert output.count("baseline: running") == 1
     assert result_of(tmp_path)["status"] == "FINISHED"
+
+
+@pytest.mark.slow
+def test_two_hosts_stop_where_one_is_told_to_and_go_on(tmp_path: Path) -> None:
+    """Both as SkyPilot starts them, each with one rank, on this machine."""
+    script = shell_of_two_hosts(tmp_path)
+    first = two_hosts(script, tmp_path)
+    until = time.monotonic() + 300
+    while not has_checkpoint(tmp_path) and time.monotonic() < until:
+        time.sleep(0.2)
+    first[1].send_signal(signal.SIGTERM)
+    assert [code_of(host, within_s=120) for host in first] == [75, 75]
+    assert [code_of(host, within_s=300) for host in two_hosts(script, tmp_path)] == [0, 0]
+    result = result_of(tmp_path)
+    assert (result["status"], result["run"]["attempts"]) == ("FINISHED", 2)
+
+
+def shell_of_two_hosts(folder: Path) -> str:
+    """Return what each of two hosts runs, with a store and a port of this test's own."""
+    settings = (*SMALL, "training.steps=24", "training.checkpoint_every=4", "precision=fp32")
+    needs = Needs(devices=1, hosts=2, on_gpu=False)
+    made = Job(name="two", settings=settings, needs=needs, options=Options(volume="v"))
+    run: str = yaml.safe_load(skypilot_text(made))["run"]
+    (folder / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (folder / "python").chmod(0o755)
+    own = run.replace("/store/", f"{folder}/").replace("29500", str(free_port()))
+    assert own.count(str(folder)) == 1
+    return own
+
+
+def two_hosts(script: str, folder: Path) -> list[subprocess.Popen[str]]:
+    """Start two hosts."""
+    environment = {
+        **{name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ},
+        "PATH": f"{folder}:/usr/bin:/bin",
+        "PYTHONPATH": str(PROJECT),
+        "OMP_NUM_THREADS": "1",
+        "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
+    }
+    return [
+        subprocess.Popen(
+            ["bash", "-c", script],
+            env={**environment, "SKYPILOT_NODE_RANK": str(host)},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in (0, 1)
+    ]
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether the run has left one."""
+    journals = folder.glob("mlruns/runs/*/journal.jsonl")
+    return any('"e": "checkpoint"' in journal.read_text() for journal in journals)
 
 
 def test_a_pod_and_a_spot_machine_take_75_for_no_failure() -> None:
