@@ -20,6 +20,7 @@ from pipeline.runs import following
 from pipeline.runs.following import SAME, _check_same, _check_shared, joined
 from pipeline.store import locks
 from pipeline.training import meeting as module
+from pipeline.training import ranks as ranks_of_a_run
 from pipeline.training.meeting import FirstGone, FirstMissing, Meeting, meet, ranks_named
 from pipeline.training.ranks import Parted, Place, RankLost, Ranks
 
@@ -163,6 +164,25 @@ def test_others_end_as_the_first_one_does() -> None:
     thread.join()
     assert parted.value.code == 75
     assert isinstance(parted.value, RankLost)  # which ends its stage, optional or not
+
+
+def test_a_rank_that_is_late_for_a_training_is_waited_for_unless_it_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ranks_of_a_run, "READY_ASKED_S", 0.2)
+    store = dist.HashStore()
+    first, second = (
+        Ranks(Place(rank, 2), meeting=Meeting(store, 5.0, within_s=2.0)) for rank in range(2)
+    )
+    late = threading.Timer(0.7, second.assemble)
+    late.start()
+    first.assemble()
+    late.join()
+    with pytest.raises(RankLost, match="not all came to a training within 2 s"):
+        first.assemble()
+    second.fail(MemoryError("no room"))
+    with pytest.raises(RankLost, match="rank 1 failed: MemoryError: no room"):
+        first.assemble()
 
 
 class Told(Ranks):

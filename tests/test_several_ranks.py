@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -294,7 +295,7 @@ def launched(
     environment = rank_environment(0, 1, 1)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         del environment[name]
-    return subprocess.Popen(
+    launcher = subprocess.Popen(
         [sys.executable, "-m", "pipeline", *settings, f"hardware.devices={devices}", *more],
         cwd=root,
         env=environment,
@@ -303,6 +304,24 @@ def launched(
         text=True,
         start_new_session=True,
     )
+    under_way.append(launcher)
+    return launcher
+
+
+under_way: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on() -> Generator[None]:
+    """End what a test that failed had started: ranks outlive their launcher."""
+    yield
+    for launcher in under_way:
+        if launcher.poll() is None:
+            for pid in (*ranks_of(launcher).values(), launcher.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            launcher.communicate()
+    under_way.clear()
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
@@ -321,7 +340,7 @@ def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
 
 
 def until_a_checkpoint(root: Path, launcher: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 100
+    until = time.monotonic() + 240
     while time.monotonic() < until:
         if list(root.glob("mlruns/store/checkpoints/*/step-*/manifest.json")):
             return
@@ -421,7 +440,7 @@ def test_a_rank_that_is_lost_ends_the_run_and_its_hours_are_kept(
     number: signal.Signals, within: float, tmp_path: Path
 ) -> None:
     """Killed, or hung: then for as long as `parallel.timeout_seconds` says."""
-    launcher = launched(tmp_path, *LONG, "parallel.timeout_seconds=20")
+    launcher = launched(tmp_path, *LONG, "parallel.timeout_seconds=40")
     until_a_checkpoint(tmp_path, launcher)
     lost, begun = ranks_of(launcher)[1], time.monotonic()
     os.kill(lost, number)

@@ -229,6 +229,7 @@ def _all_shards(
         Exception: What `ctx.should_stop` names, between two shards.
     """
     ranks = ctx.ranks
+    ranks.assemble()
     found: dict[int, Shard] = ranks.told(_verified(ctx, len(plan)) if ranks.is_first else None)
     missing = [number for number in range(len(plan)) if number not in found]
     done = sum(len(rows) for number, rows in enumerate(plan) if number in found)

@@ -47,10 +47,12 @@ class Meeting:
     Attributes:
         store: Of torch.
         patience_s: Without a sign of life of rank 0, after which it counts as gone.
+        within_s: That ranks have to come, at the start and to each training.
     """
 
     store: Any
     patience_s: float
+    within_s: float = 600.0
 
     def put(self, name: str, text: str) -> None:
         """Leave a text, where the store can be reached."""
@@ -168,7 +170,8 @@ def meet(
         UserError: If some did not come, with their numbers, or one of them cannot take part.
         FirstMissing: If rank 0 did not.
     """
-    meeting = Meeting(_open_store(rank, size, within_s), max(patience_s, LEAST_PATIENCE_S))
+    patience_s = max(patience_s, LEAST_PATIENCE_S)
+    meeting = Meeting(_open_store(rank, size, within_s), patience_s, within_s)
     why = None if refusal is None else [refusal.key, refusal.problem, refusal.remedy]
     meeting.put(_here(rank), json.dumps([socket.gethostname(), why]))
     if rank == 0:

@@ -153,6 +153,7 @@ def share(trained: Any, objective: Objective, ranks: Ranks, mode: Parallel) -> S
     """Return how a training is shared; the weights are rank 0's from here on."""
     if not ranks.several:
         return Shared()
+    ranks.assemble()
     step, seed = _Step(trained, objective), torch.initial_seed()
     if is_sharded(ranks, mode):
         return Shared(ranks, _sharded(step, objective, ranks, mode), mode, seed)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 Thing = TypeVar("Thing")
 FAILED = "failed"  # what the first rank that failed says of it
+READY_ASKED_S = 5.0  # between two looks whether one of those that are waited for has failed
 PARTED_WITHIN_S = 3.0  # what ranks have to hear that a run ends; they keep the store no longer
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 START_ALL = (
@@ -142,6 +144,7 @@ class Ranks:
     hosts: int = 1
     meeting: Meeting | None = None
     _turns: Iterator[int] = field(default_factory=count)  # what was told, and is
+    _assemblies: Iterator[int] = field(default_factory=count)
 
     @property
     def rank(self) -> int:
@@ -186,6 +189,25 @@ class Ranks:
     def meet(self) -> None:
         """Wait until all are here."""
         self.largest(0)
+
+    def assemble(self) -> None:
+        """Wait until all are ready for a training: one may read its model for longer than steps
+        are waited for.
+
+        Raises:
+            RankLost: If one has failed, or is not ready within `parallel.rendezvous_seconds`.
+        """
+        if self.meeting is None:
+            return
+        ready = f"ready/{next(self._assemblies)}"
+        self.meeting.put(f"{ready}/{self.rank}", "")
+        until = time.monotonic() + self.meeting.within_s
+        names = [f"{ready}/{rank}" for rank in range(self.size)]
+        while self.is_first and not self.meeting.all_left(names, READY_ASKED_S):
+            if self.meeting.get(FAILED) is not None or time.monotonic() > until:
+                waited = f"{self.meeting.within_s:.0f} s (parallel.rendezvous_seconds)"
+                raise self.lost(RuntimeError(f"not all came to a training within {waited}"))
+        self.told()
 
     # -- what rank 0 tells ------------------------------------------------------------------------
 
