@@ -143,7 +143,7 @@ def test_two_hosts_stop_where_one_is_told_to_and_go_on(tmp_path: Path) -> None:
 
 def shell_of_two_hosts(folder: Path) -> str:
     """Return what each of two hosts runs, with a store and a port of this test's own."""
-    settings = (*SMALL, "training.steps=24", "training.checkpoint_every=4", "precision=fp32")
+    settings = (*SMALL, "training.steps=60", "training.checkpoint_every=4", "precision=fp32")
     needs = Needs(devices=1, hosts=2, on_gpu=False)
     made = Job(name="two", settings=settings, needs=needs, options=Options(volume="v"))
     run: str = yaml.safe_load(skypilot_text(made))["run"]
