@@ -99,6 +99,8 @@ class TrainedFallback(DistillSettings):
 
         adapters = Adapters(self.rank, self.alpha) if self.fallback is Fallback.lora else None
         made = run_recovery(self, self.into, adapters, inputs, ctx)
+        if not ctx.ranks.is_first:
+            return made
         return read_output(made, inputs[MODEL], ctx)
 
 

@@ -27,6 +27,7 @@ from pipeline.ledger.records import HEAD, read_record
 from pipeline.ledger.shapes import HeadChoice
 from pipeline.store.artifacts import write_json
 from pipeline.training.objective import Objective, columns_of
+from pipeline.training.ranks import ALONE, Ranks
 
 FILE = "head.json"
 ROWS = (512, 1024, 2048, 4096)  # tokens of a chunk that are tried
@@ -42,6 +43,7 @@ def choose_head(
     settings: TrainingConfig,
     *,
     folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> HeadChoice | None:
     """Have `objective` use a kernel; return what was chosen where there was a choice.
 
@@ -53,6 +55,7 @@ def choose_head(
         key: Of the setting, for who must change it.
         folder: Of the stage's checkpoints: what was chosen stays there, and an attempt that goes on
             takes it over.
+        ranks: Each chooses the same: where there are several, nothing is chosen by its time.
 
     Raises:
         UserError: If Liger is wanted for models of two vocabularies, or whose logits are more than
@@ -71,25 +74,29 @@ def choose_head(
             objective.head_loss = kernel_of(wanted)
         return None
     path = None if folder is None else folder / FILE
-    kept = None if path is None else read_record(path, HEAD, so="the head's kernel is chosen anew")
+    kept = None
+    if path is not None and ranks.is_first:
+        kept = read_record(path, HEAD, so="the head's kernel is chosen anew")
+    kept = ranks.told(kept)
+    untimed = "training.deterministic" if settings.deterministic else "several ranks"
     if kept is not None:
         found = kept
-    elif settings.deterministic:
-        found = _untimed(wanted, objective)
+    elif settings.deterministic or ranks.several:
+        found = _untimed(wanted, objective, untimed)
     else:
         found = probe_heads(objective, batches, settings, wanted)
     objective.head_loss = kernel_of(HeadKernel(found["kernel"]), found["rows"])
-    if path is not None:
+    if path is not None and ranks.is_first:
         write_json(path, dict(found))
     return found
 
 
-def _untimed(wanted: HeadKernel, objective: Objective) -> HeadChoice:
+def _untimed(wanted: HeadKernel, objective: Objective, why: str) -> HeadChoice:
     """Return the kernel that is named, else this project's own, in chunks of the usual length."""
     if wanted is HeadKernel.auto:
         has_own = why_not(HeadKernel.triton, objective.device) is None
         wanted = HeadKernel.triton if has_own else HeadKernel.torch
-    said = f"the head's kernel is {wanted.value}, untimed: training.deterministic"
+    said = f"the head's kernel is {wanted.value}, untimed: {why}"
     return {"kernel": wanted.value, "rows": None, "said": said}
 
 

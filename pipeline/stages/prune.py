@@ -14,6 +14,7 @@ here one layer at a time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Optional, TypedDict
 
@@ -27,6 +28,7 @@ from pipeline.ledger.shapes import About
 from pipeline.stages.base import BeforeRun, config_of
 from pipeline.stages.distill_settings import DistillSettings
 from pipeline.stages.settings import training_precision, training_settings
+from pipeline.training.ranks import agreed_stop
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context, Output
@@ -167,26 +169,41 @@ class PruneStage(DistillSettings):
 
         with ctx.clock.phase("search"):
             for _ in range(self.num_dropped(len(kept), key)):
-                read = {layer: self._reading(cut, kept, layer, tokenizer, ctx) for layer in kept}
+                read = self._trials(cut, kept, tokenizer, ctx)
                 least_missed = min(read, key=lambda layer: read[layer])
                 found["trials"].append(read)
                 found["dropped"].append(least_missed)
                 kept.remove(least_missed)
         return cut(kept), tokenizer, lambda trained: save_model(trained, tokenizer, ctx.out)
 
-    def _reading(
-        self, cut: Any, kept: Sequence[int], without: int, tokenizer: Any, ctx: Context
-    ) -> float:
-        """Return the primary metric on validation without a layer, smaller for better.
+    def _trials(
+        self, cut: Any, kept: Sequence[int], tokenizer: Any, ctx: Context
+    ) -> dict[int, float]:
+        """Return what the model reads without each layer; ranks try one layer each at a time.
 
         Raises:
             BudgetSpent, Preempted: If the run is to stop.
         """
+        ranks, read = ctx.ranks, dict[int, float]()
+        for start in range(0, len(kept), ranks.size):
+            stop = agreed_stop(ctx.should_stop(), ranks)
+            if stop is not None:
+                raise stop(
+                    "stopped while layers were tried; the same command starts the trials again"
+                )
+            own = kept[start : start + ranks.size][ranks.rank :][:1]  # none, of the last ranks
+            found = {layer: self._reading(cut, kept, layer, tokenizer, ctx) for layer in own}
+            with ctx.clock.phase("comm_wait") if ranks.several else nullcontext():
+                for each in ranks.gathered(found):
+                    read |= each
+        return read
+
+    def _reading(
+        self, cut: Any, kept: Sequence[int], without: int, tokenizer: Any, ctx: Context
+    ) -> float:
+        """Return the primary metric on validation without a layer, smaller for better."""
         from pipeline.stages.training import validation_reading
 
-        stop = ctx.should_stop()
-        if stop is not None:
-            raise stop("stopped while layers were tried; the same command starts the trials again")
         settings = training_settings(self, ctx.run)
         precision = training_precision(self, ctx.run)
         model = cut([layer for layer in kept if layer != without])

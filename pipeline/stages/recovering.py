@@ -37,6 +37,8 @@ def run_recovery(
 
     Args:
         adapters: What is trained beside frozen weights; None: all weights are trained.
+
+    Of several ranks the first one alone leaves a model.
     """
     with tempfile.TemporaryDirectory(dir=ctx.out.parent, prefix="recover.") as folder:
         source = _smoothed(into, inputs[MODEL].path, Path(folder) / "smoothed", ctx)
@@ -65,6 +67,8 @@ def run_recovery(
             return model, load_tokenizer(source), save
 
         made = run_training(stage, inputs, ctx, distill=stage, start=start)
+        if not ctx.ranks.is_first:  # the first one has saved what all trained, and quantizes it
+            return made
         done = into.convert(trained, ctx, smoothed=False)
     return replace(made, notes=(*made.notes, *done.notes), about={**made.about, **done.about})
 
