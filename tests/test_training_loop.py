@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import math
 import re
+import shutil
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -301,6 +303,44 @@ def test_no_checkpoint_holds_a_pickle(tmp_path: Path) -> None:
         "extra.json",
         "manifest.json",
     }
+
+
+def test_a_checkpoint_is_of_its_moment_however_late_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of step 2 is written after step 5 alone, where a last one follows it."""
+    whole = tiny(Task.causal_lm)
+    run(whole, settings(), tmp_path / "whole")
+    usual, later, saved = checkpoint._written, threading.Event(), list[int]()
+
+    def late(*given: Any) -> Any:
+        assert later.wait(60)
+        return usual(*given)
+
+    def advance(step: int, _: int) -> None:
+        if step == 5:
+            later.set()
+
+    monkeypatch.setattr(checkpoint, "_written", late)
+    config = settings(checkpoint_every=2, checkpoint_beside=True)
+    asked = iter([None] * 4 + [Preempted])
+    cut = tmp_path / "cut"
+    with pytest.raises(Preempted):
+        run(
+            tiny(Task.causal_lm),
+            config,
+            cut,
+            should_stop=lambda: next(asked),
+            advance=advance,
+            checkpointed=saved.append,
+        )
+    assert saved == [2, 5]  # at step 4 one was due, and was being written
+    shutil.rmtree(cut / "step-000000005")
+    model, resumed = tiny(Task.causal_lm, seed=9), list[int]()
+    run(model, config, cut, resumed=lambda step, _: resumed.append(step))
+    assert resumed == [2]
+    same(weights(whole), weights(model))
+    assert not list(cut.glob(".writing-*"))
 
 
 def damage_flip(step: Path) -> None:

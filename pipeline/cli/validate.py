@@ -53,6 +53,9 @@ def validate(run: Run) -> None:
     """
     check_ranges(run)
     check_checkpoint_every(run.training.checkpoint_every, "training.checkpoint_every")
+    if run.parallel.offload and not run.parallel.mode.shards:
+        problem = f"has no effect with parallel.mode={run.parallel.mode.value}"
+        raise UserError("parallel.offload", problem, "give parallel.mode=fsdp")
     _check_stages(run)
     _check_arms(run)
     _check_sources(run)

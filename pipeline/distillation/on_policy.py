@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pipeline.data.batches import IGNORE
 
@@ -47,8 +48,31 @@ Told = Callable[[Tensor], dict[str, Any]]
 """What a model's forward pass is given to tell padding from tokens, of their mask (B, T)."""
 
 
+Written = tuple[Tensor, Tensor]
+"""The tokens written, (B, G) int64, and how many of each row count, (B,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How several write the rows of a batch, each its own.
+
+    Attributes:
+        rows: Of this one.
+        joined: What all wrote, by what this one did; in the order of the rows.
+    """
+
+    rows: slice
+    joined: Callable[[Written], list[Written]]
+
+
 def write(
-    model: Any, prompts: Tensor, mask: Tensor, writing: Writing, step: int, told: Told | None = None
+    model: Any,
+    prompts: Tensor,
+    mask: Tensor,
+    writing: Writing,
+    step: int,
+    told: Told | None = None,
+    split: Split | None = None,
 ) -> dict[str, Tensor]:
     """Have `model` go on from prompts; return what it read and wrote as a batch, on the CPU.
 
@@ -58,7 +82,8 @@ def write(
         model: A causal language model; it is in evaluation mode meanwhile.
         prompts: (B, P) token ids on its device, padded on the left.
         mask: (B, P): 1 where a prompt is.
-        told: None: the mask itself.
+        told: Of the rows that are written here; None: the mask itself.
+        split: None: all rows are.
 
     Returns:
         `input_ids, position_ids, labels` (B, T) as packed windows have them, what a row leaves over
@@ -69,24 +94,49 @@ def write(
     model.eval()
     try:
         by = told or (lambda mask: {"attention_mask": mask})
-        written, sampled = _sample(model, prompts, mask, writing, step, by)
+        rows = slice(len(prompts)) if split is None else split.rows
+        draw = _Draw(len(prompts), rows, writing, step, prompts.device)
+        written, sampled = _sample(model, prompts[rows], mask[rows], writing, draw, by)
     finally:
         model.train(training)
-    return _as_batch(prompts.cpu(), mask.cpu().sum(-1), written.cpu(), sampled.cpu())
+    found = (written.cpu(), sampled.cpu())
+    parts = [found] if split is None else split.joined(found)
+    longest = max(part.shape[1] for part, _ in parts)  # some have ended sooner
+    written = torch.cat([pad(part, (0, longest - part.shape[1])) for part, _ in parts])
+    sampled = torch.cat([count for _, count in parts])
+    return _as_batch(prompts.cpu(), mask.cpu().sum(-1), written, sampled)
+
+
+class _Draw:
+    """Draws one token a row, the same whoever writes the other rows.
+
+    Source: `torch.multinomial` of one draw does the same: what is largest of the probabilities,
+    each divided by an exponential variate.
+    """
+
+    def __init__(
+        self, num_rows: int, rows: slice, writing: Writing, step: int, device: torch.device
+    ) -> None:
+        self._num_rows, self._rows = num_rows, rows
+        # A generator of its own, from seed and step: a resumed run writes the same, and the
+        # training's own draws are not moved.
+        [state] = np.random.SeedSequence((writing.seed, step)).generate_state(1, np.uint64)
+        self._generator = torch.Generator(device).manual_seed(int(state) >> 1)
+
+    def __call__(self, probabilities: Tensor) -> Tensor:
+        """Return a token for each row, (B, 1), of their probabilities (B, V)."""
+        all_rows = probabilities.new_empty(self._num_rows, probabilities.shape[1])
+        noise = all_rows.exponential_(generator=self._generator)[self._rows]
+        return (probabilities / noise).argmax(-1, keepdim=True)
 
 
 @torch.no_grad()
 def _sample(
-    model: Any, ids: Tensor, mask: Tensor, writing: Writing, step: int, told: Told
-) -> tuple[Tensor, Tensor]:
-    """Return the tokens written, (B, G) int64, and how many of each row count, (B,)."""
+    model: Any, ids: Tensor, mask: Tensor, writing: Writing, draw: _Draw, told: Told
+) -> Written:
     # Without this a model makes logits of the whole prompt, (B, P, V), of which the last are used.
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     last_only: dict[str, int] = {"logits_to_keep": 1} if keeps else {}
-    # A generator of its own, from seed and step: a resumed run writes the same, and the training's
-    # own draws are not moved.
-    [state] = np.random.SeedSequence((writing.seed, step)).generate_state(1, np.uint64)
-    generator = torch.Generator(ids.device).manual_seed(int(state) >> 1)
     ends = torch.tensor(writing.ends, dtype=torch.long, device=ids.device)
     # Prompts are padded on the left: position 0 is the first real token.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -105,7 +155,7 @@ def _sample(
             **last_only,
         )
         logits = said.logits[:, -1, : writing.vocabulary].float() / writing.temperature  # (B, V)
-        ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        ids = draw(logits.softmax(-1))
         written.append(ids)
         # Before `done` is updated, so that the end of the text itself counts.
         count += ~done

@@ -1202,6 +1202,7 @@ class CheckpointManifest(TypedDict):
     """manifest.json of a checkpoint."""
 
     step: int
+    format: NotRequired[int]
     sha256: dict[str, str]
 
 

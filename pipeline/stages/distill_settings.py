@@ -32,7 +32,6 @@ from pipeline.stages.settings import (
     check_training,
     training_settings,
 )
-from pipeline.training.ranks import place_in
 
 if TYPE_CHECKING:
     from pipeline.store.artifacts import Artifact
@@ -138,10 +137,6 @@ class DistillSettings(TrainingOverrides):
         from pipeline.distillation.kernels import why_not
 
         TrainingOverrides.refuse_device(self, key, run, device)
-        sharded = run.parallel.mode.shards and place_in() is not None
-        if sharded and self.on_policy:
-            problem = f"a student that is shared out ({run.parallel.mode.value}) writes nothing"
-            raise UserError(f"{key}.on_policy", problem, "give parallel.mode=ddp")
         reason = why_not(self.head, device)
         if reason is not None:
             raise UserError(f"{key}.head", reason, "leave it auto")

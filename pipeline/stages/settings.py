@@ -75,6 +75,7 @@ class TrainingOverrides(Stage):
     eval_documents: Optional[int] = positive(None)
     checkpoint_every: Any = None
     checkpoint_seconds: Optional[float] = positive(None)
+    checkpoint_beside: Optional[bool] = None
     preempted_every_seconds: Optional[float] = positive(None)
     divergence_factor: Optional[float] = field(default=None, metadata={"above": 1})
     compile: Optional[Compile] = None
@@ -272,9 +273,9 @@ def _check_ranks(stage: TrainingOverrides, name: str, run: Run, ranks: int) -> N
     if not run.parallel.mode.shards:
         return
     mode = run.parallel.mode.value
-    if precision is Precision.fp16:
-        problem = f"{mode} scales no losses: whether one overflowed, a rank alone would know"
-        raise UserError("parallel.mode", problem, "give ddp, or precision=bf16")
+    if precision is Precision.fp16 and run.parallel.offload:
+        problem = "scales losses by what lies on the device, and fp16 needs that"
+        raise UserError("parallel.offload", problem, "give false, or precision=bf16")
     if settings.compile is Compile.always:
         key = deciding(stage, name, run, "compile")
         raise UserError(key, f"always: {mode} gathers weights where a graph cannot", "give auto")
@@ -529,9 +530,11 @@ def _check_optimizer(settings: TrainingConfig, key: str, run: Run) -> None:
     if find_spec(library) is None:
         problem = f"{kind.value} needs {library}, which is not installed"
         raise UserError(f"{key}.optimizer", problem, "pip install -e '.[quant]'")
-    if run.parallel.mode.shards:
-        problem = f"the moments of {kind.value} are not shared among ranks"
-        raise UserError(f"{key}.optimizer", problem, "give adamw, or parallel.mode=ddp")
+    if run.parallel.mode.shards and kind is OptimizerKind.adamw_8bit_bitsandbytes:
+        problem = f"{kind.value} steps no shares of weights"
+        raise UserError(
+            f"{key}.optimizer", problem, "give adamw_8bit_torchao, adamw or parallel.mode=ddp"
+        )
 
 
 def _check_growth(settings: TrainingConfig, key: str, run: Run) -> None:

@@ -152,7 +152,13 @@ def run_training(
         _check_teaches(distill, ready, validate, settings, ctx)
         key = f"stages.{ctx.stage}.head"
         head = choose_head(
-            key, distill.head, ready.objective, ready.text, settings, folder=ctx.checkpoints
+            key,
+            distill.head,
+            ready.objective,
+            ready.text,
+            settings,
+            folder=ctx.checkpoints,
+            ranks=ctx.ranks,
         )
     progress, timeline = _loop(ready, validate, settings, ctx)
     if not ctx.ranks.is_first:  # the first one saves, and says what it was

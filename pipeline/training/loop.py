@@ -37,13 +37,12 @@ from pipeline.ledger.shapes import (
 from pipeline.ledger.traced_steps import StepTracer
 from pipeline.training import cadence, checkpoint, compiling, overlapping
 from pipeline.training.cadence import Cadence
-from pipeline.training.checkpoint import kept_of
 from pipeline.training.compiling import Compiling
 from pipeline.training.float8 import float8_layers
 from pipeline.training.objective import Objective, StepLoss
 from pipeline.training.optimizer import MasterWeights, make_optimizer, masters_of, set_rate
 from pipeline.training.overlapping import Overlapping
-from pipeline.training.parallel import Shared, SharedWeights, is_sharded, share
+from pipeline.training.parallel import Shared, is_sharded, share
 from pipeline.training.precision import matmuls
 from pipeline.training.prefetch import Batches, made_ahead
 from pipeline.training.ranks import ALONE, STOPS, Ranks
@@ -133,6 +132,7 @@ class _Loop:
         shared: How micro-batches are shared among ranks.
         pending: Losses that have not reached the host yet, oldest first.
         latest: The last micro-batch that was computed.
+        beside: The checkpoint that is being written while the training goes on.
     """
 
     model: Any
@@ -147,6 +147,7 @@ class _Loop:
     progress: Progress = field(default_factory=Progress)
     pending: deque[Reading] = field(default_factory=deque)
     latest: deque[dict[str, Tensor]] = field(default_factory=lambda: deque(maxlen=1))
+    beside: deque[checkpoint.Beside] = field(default_factory=deque)
 
     @classmethod
     def of(
@@ -161,10 +162,11 @@ class _Loop:
         parallel: ParallelConfig | None = None,
     ) -> _Loop:
         """Return the loop of a model before its first step."""
-        mode = (parallel or ParallelConfig()).mode
+        parallel = parallel or ParallelConfig()
         # under FSDP2 the shares of the weights are fp32, and what is gathered of them bf16
-        masters = None if is_sharded(ranks, mode) else masters_of(model, objective.precision)
-        shared = share(model, objective, ranks, mode)
+        shards = is_sharded(ranks, parallel.mode)
+        masters = None if shards else masters_of(model, objective.precision)
+        shared = share(model, objective, ranks, parallel)
         trained = (
             [p for p in model.parameters() if p.requires_grad]
             if masters is None
@@ -174,7 +176,8 @@ class _Loop:
         # the scaler passes everything through.
         scaler = torch.amp.GradScaler(
             objective.device.type,
-            init_scale=precision.loss_scale,
+            # a rank's loss counts as many times as there are ranks, so that their mean is right
+            init_scale=precision.loss_scale / ranks.size,
             enabled=objective.precision is Precision.fp16,
         )
         optimizer = make_optimizer(trained, settings, objective.device)
@@ -183,9 +186,7 @@ class _Loop:
     @property
     def _saved(self) -> Any:
         """What a checkpoint holds the weights of."""
-        if self.shared.is_sharded:
-            return SharedWeights(self.model)
-        return self.masters or kept_of(self.model)
+        return self.masters or self.model
 
     def resumed(self, folder: Path) -> Progress:
         """Load the newest checkpoint, where there is one, and return how far it is."""
@@ -195,15 +196,19 @@ class _Loop:
             found = checkpoint.newest(folder, self.hooks.say) if self.ranks.is_first else None
             found = self.ranks.told(found)  # none may find another one
             if found is not None:
-                extra = checkpoint.load(found[0], self._saved, self.optimizer)
-                self.scaler.load_state_dict(extra["scaler"])
+                extra = checkpoint.load(found[0], self._saved, self.optimizer, self.ranks)
+                self.scaler.load_state_dict(_scaled(extra["scaler"], 1 / self.ranks.size))
                 progress, history = Progress(**extra["progress"]), extra["history"]
         with self.clock.phase("log"):
             self.hooks.resumed(progress.step, history)
         return progress
 
-    def save(self, folder: Path, saving: Cadence) -> None:
-        """Write a checkpoint of now."""
+    def save(self, folder: Path, saving: Cadence, *, beside: bool) -> None:
+        """Write a checkpoint of now.
+
+        Args:
+            beside: The training goes on meanwhile; `complete` completes it.
+        """
         from pipeline.store.artifacts import plain
 
         # Called by `checkpoint.save` after the tensors are on disk, so that the history covers the
@@ -211,20 +216,38 @@ class _Loop:
         def extra() -> TrainingState:
             return {
                 "progress": plain(self.progress),
-                "scaler": self.scaler.state_dict(),
+                "scaler": _scaled(self.scaler.state_dict(), self.ranks.size),
                 "history": self.hooks.history(self.progress.step),
             }
 
+        self.complete(waits=True)
         before = self.clock.now_ns()
         with self.clock.phase("checkpoint"):
-            if self.ranks.is_first or self.shared.is_sharded:  # what is shared, all gather
-                tensors = checkpoint.tensors_of(self._saved, self.optimizer)
-                if self.ranks.is_first:
-                    checkpoint.save(folder, self.progress.step, tensors, extra)
-            # the others wait until it is written, and take the time that it took the first one
+            state = checkpoint.state_of(self._saved, self.optimizer, self.ranks)
+            now = (folder, self.progress.step, state)
+            if beside:
+                self.beside.append(checkpoint.Beside(*now, extra(), self.ranks))
+            else:
+                checkpoint.save(*now, extra, self.ranks)
+            # the others take the time that it took the first one
             saving.saved(self.ranks.told((self.clock.now_ns() - before) / 1e9))
+        if not beside:
+            with self.clock.phase("log"):
+                self.hooks.checkpointed(self.progress.step)
+
+    def complete(self, *, waits: bool) -> None:
+        """Complete the checkpoint that is being written beside, if all ranks have written it.
+
+        Args:
+            waits: Wait until they have. Else they have agreed that it is.
+        """
+        if not self.beside or not (waits or self.beside[0].is_done):
+            return
+        written = self.beside.popleft()
+        with self.clock.phase("checkpoint"):
+            written.complete()
         with self.clock.phase("log"):
-            self.hooks.checkpointed(self.progress.step)
+            self.hooks.checkpointed(written.step)
 
     def step(self, batches: Batches) -> None:
         """Take one optimizer step: its micro-batches forward and backward, clip, update."""
@@ -233,7 +256,7 @@ class _Loop:
         self.shared.draw_for(progress.step)
         with clock.phase("data_wait"):
             batch = batches.batch(progress.step)
-        batch = self.objective.completed(batch, progress.step)
+        batch = self.shared.completed(self.objective, batch, progress.step)
         with clock.phase("data_wait"):
             # One dict a micro-batch: each tensor is cut along its rows, `{name: (B / accumulation,
             # ...)}`.
@@ -319,12 +342,16 @@ class _Loop:
         """The processes that train together."""
         return self.shared.ranks
 
-    def agreed(self, stop: type[Exception] | None, *, due: bool) -> tuple[Any, bool]:
-        """Return why any rank is to stop, and whether the first one finds a checkpoint due."""
+    def agreed(self, stop: type[Exception] | None, *, due: bool) -> tuple[Any, bool, bool]:
+        """Return why any rank is to stop, whether the first one finds a checkpoint due, and whether
+        any still writes the last one.
+        """
+        writes = any(not each.is_done for each in self.beside)
         if not self.ranks.several:
-            return stop, due
-        found = self.ranks.largest(STOPS.index(stop), int(due))  # at once: it is asked each step
-        return STOPS[found[0]], bool(found[1])
+            return stop, due, writes
+        # at once: it is asked each step
+        found = self.ranks.largest(STOPS.index(stop), int(due), int(writes))
+        return STOPS[found[0]], bool(found[1]), bool(found[2])
 
     def _update(self) -> None:
         """Clip the gradients and move the weights."""
@@ -400,6 +427,8 @@ def train(
             _all_steps(loop, ahead, folder, ways)
         finally:
             ways.end()
+            for each in loop.beside:
+                each.wait()
     if loop.masters is not None:
         loop.masters.restore()
     loop.shared.end()
@@ -577,16 +606,26 @@ def _all_steps(loop: _Loop, batches: Batches, folder: Path, ways: _Ways) -> None
             ways.stepped(number, taken_ns / 1e9, loop.latest[0])
         due = loop.ranks.is_first and saving.is_due(progress.step)
         with clock.phase("comm_wait") if loop.ranks.several else nullcontext():
-            stop, due = loop.agreed(hooks.should_stop(), due=due)
+            stop, due, writes = loop.agreed(hooks.should_stop(), due=due)
+        if not writes:
+            loop.complete(waits=False)
         # After the last step the artifact itself is written; a checkpoint would be waste.
-        if (due or stop is not None) and progress.step < settings.steps:
+        if ((due and not writes) or stop is not None) and progress.step < settings.steps:
             loop.read(drain=True)
-            loop.save(folder, saving)
+            loop.save(folder, saving, beside=settings.checkpoint_beside and stop is None)
         if stop is not None:
             where = f"after step {progress.step} of {settings.steps}"
             if stop is BudgetSpent:
                 raise stop(f"budget.device_hours is spent {where}; raise it to resume from there")
             raise stop(f"stopped {where}; the same command resumes from there")
+    loop.complete(waits=True)  # nothing writes into the folder any more
+
+
+def _scaled(scaler: dict[str, Any], factor: float) -> dict[str, Any]:
+    """Return the state of a gradient scaler with another scale: that of all ranks in checkpoints,
+    that of one in use.
+    """
+    return {name: v * factor if name == "scale" else v for name, v in scaler.items()}
 
 
 def _wait(loop: _Loop) -> None:

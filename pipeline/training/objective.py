@@ -24,7 +24,7 @@ from pipeline.distillation.head import Head, Logits, Taught, head_loss, logits_l
 from pipeline.distillation.hidden import HiddenSignal
 from pipeline.distillation.kernels import HeadLoss
 from pipeline.distillation.losses import Loss, Sparse, Sums, terms
-from pipeline.distillation.on_policy import Writing, write
+from pipeline.distillation.on_policy import Split, Writing, write
 from pipeline.distillation.relations import RelationSignal, outputs_of
 from pipeline.distillation.transform import Transform, Unknown, as_configured
 from pipeline.errors import UserError
@@ -157,15 +157,22 @@ class Objective:
             )
         return said
 
-    def completed(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Return a batch as it is; one of prompts with what the model writes after them."""
+    def completed(
+        self, batch: dict[str, Tensor], step: int, split: Split | None = None
+    ) -> dict[str, Tensor]:
+        """Return a batch as it is; one of prompts with what the model writes after them.
+
+        Args:
+            split: How several write the rows; None: this process writes all.
+        """
         if PROMPT_MASK not in batch:
             return batch
         assert self.writing is not None
         with self.clock.phase("generate"), arithmetic(self.precision, self.device):
             prompts, mask = (self._send(batch[name]) for name in ("input_ids", PROMPT_MASK))
-            told = prompts_told(self.model, self.read, self.precision, batch[PROMPT_MASK])
-            return write(self.model, prompts, mask, self.writing, step, told)
+            own = batch[PROMPT_MASK] if split is None else batch[PROMPT_MASK][split.rows]
+            told = prompts_told(self.model, self.read, self.precision, own)
+            return write(self.model, prompts, mask, self.writing, step, told, split)
 
     def __call__(self, batch: dict[str, Tensor]) -> StepLoss:
         """Return the loss of `batch`.

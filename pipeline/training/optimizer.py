@@ -10,7 +10,8 @@ Source: Dettmers et al. 2022, arXiv 2110.02861; bitsandbytes.optim, torchao.opti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.training import OptimizerKind, TrainingConfig
 from pipeline.ledger.devices.table import device_of
-from pipeline.training.shares import gathered, is_shared, shared_like
+from pipeline.training.shares import is_shared, own_share, place_of, shared_like
 
 # Usual for language models (GPT-3, Llama): torch's 0.999 adapts more slowly in short runs.
 BETAS = (0.9, 0.95)
@@ -46,8 +47,19 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     more: dict[str, Any] = {"lr": settings.learning_rate, "betas": BETAS}
     if settings.optimizer in IMPORTED:
+        if any(is_shared(parameter) for parameter in parameters):
+            _compile_by_share()
         return import_module(IMPORTED[settings.optimizer]).AdamW8bit(groups, **more)
     return torch.optim.AdamW(groups, **more, fused=device_of(device).fused_optimizer)
+
+
+def _compile_by_share() -> None:
+    """Have torch keep no compiled steps on disk: it finds them by the shape of whole weights, of
+    which one rank may hold a row more than another (torchao compiles its step; torch 2.13).
+    """
+    import torch._functorch.config as compiling
+
+    compiling.enable_autograd_cache = False
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -106,27 +118,16 @@ class MasterWeights:
         for parameter, master in zip(self.own, self.masters, strict=True):
             parameter.data = master.data
 
-    # -- as a checkpoint sees the model -----------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the model's state with its masters in the place of the rounded weights."""
-        # By address, not by name: a tied weight has two names and one master.
-        by_place = {
-            own.data_ptr(): master for own, master in zip(self.own, self.masters, strict=True)
-        }
-        state: dict[str, Tensor] = self.model.state_dict()
-        return {name: by_place.get(tensor.data_ptr(), tensor) for name, tensor in state.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor], *, strict: bool) -> None:
-        """Fill masters and buffers from what `state_dict` gave, and round."""
-        own = self.state_dict()
-        with torch.no_grad():
-            for name, tensor in state.items():
-                own[name].copy_(tensor)
-        self.write_back()
-
-    def tie_weights(self) -> None:
-        """Leave tied weights as they are: they were never parted."""
+    def by_name(self) -> dict[str, Tensor]:
+        """Return the model's state as checkpoints keep it, with its masters in the place of the
+        rounded weights, without a copy.
+        """
+        masters = {id(own): master for own, master in zip(self.own, self.masters, strict=True)}
+        named: Iterable[tuple[str, Tensor]] = self.model.named_parameters()
+        state: dict[str, Tensor] = {name: masters.get(id(p), p).detach() for name, p in named}
+        kept = self.model.state_dict().keys()
+        buffers = {name: each for name, each in self.model.named_buffers() if name in kept}
+        return {**state, **buffers}
 
 
 def masters_of(model: Any, precision: Precision) -> MasterWeights | None:
@@ -140,53 +141,112 @@ def masters_of(model: Any, precision: Precision) -> MasterWeights | None:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return all state of an optimizer by name, numbers as tensors, tensor subclasses as what they
-    hold.
+    """Return all state of an optimizer by name, without a copy: numbers as tensors, tensor
+    subclasses as what they hold. No tensor is without a dimension.
     """
     found: dict[str, Tensor] = {}
     for name, holder, key in _leaves(optimizer):
         held = holder[key]
-        found[name] = gathered(held.detach() if isinstance(held, Tensor) else torch.as_tensor(held))
+        tensor = held.detach() if isinstance(held, Tensor) else torch.as_tensor(held)
+        found[name] = tensor if tensor.ndim else tensor.view(1)
     return found
 
 
-def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    """Restore what `state_tensors` gave. The weights are to be loaded after it: state is made by a
-    step of zeros.
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have an optimizer make its state, which it does in its first step, and leave it at zero. What
+    is stepped may decay by it.
     """
-    if not saved:
-        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            # Optimizers make their state in their first step. Zeros leave the moments at 0.
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    found = list(_leaves(optimizer))
-    assert {name for name, _, _ in found} == saved.keys(), (
-        "a checkpoint is read by the stage that wrote it"
-    )
-    for name, holder, key in found:
-        if isinstance(holder[key], Tensor):
-            holder[key].copy_(shared_like(holder[key], saved[name]))
-        else:
-            holder[key] = saved[name].item()
+
+
+def restore_numbers(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Take over what is no tensor from what `state_tensors` gave, with `prefix` before its names;
+    tensors were read in place.
+    """
+    for name, holder, key in _leaves(optimizer):
+        if not isinstance(holder[key], Tensor):
+            holder[key] = state[f"{prefix}{name}"].item()
+
+
+def cut_otherwise(
+    optimizer: torch.optim.Optimizer, there: Iterable[str], prefix: str
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yield every moment that a checkpoint holds in other pieces than this rank does, with their
+    names: blocks of 8 bits end where the share of a rank did.
+
+    Args:
+        there: Names in the checkpoint: those of `state_tensors`, with `prefix` before them.
+    """
+    saved: dict[str, list[str]] = {}
+    for name in there:
+        base = _PIECE.sub("", name)
+        saved.setdefault(base, []).append(name)
+    for name, entries, key in _moments(optimizer):
+        found = saved.get(f"{prefix}{name}", [])
+        wanted = {f"{prefix}{each}" for each, _, _ in _parts(optimizer, name, entries, key)}
+        if not wanted <= set(found):
+            yield entries[key], found
+
+
+def put_together(moment: Tensor, pieces: Mapping[str, Tensor]) -> None:
+    """Fill a moment, in place, from the pieces that another number of ranks kept of it."""
+    by_rank: dict[int, dict[str, Tensor]] = {}
+    for name, piece in pieces.items():
+        found = _PIECE.search(name)
+        part, rank = (found["part"], found["rank"]) if found is not None else (None, None)
+        by_rank.setdefault(int(rank or 0), {})[part or ""] = piece
+    whole = torch.cat([_in_32_bits(parts) for _, parts in sorted(by_rank.items())])
+    with torch.no_grad():
+        own_share(moment).copy_(own_share(shared_like(moment, whole)))
+
+
+# of a moment in 8 bits: what it consists of, and of which rank's share
+_PIECE = re.compile(r"(?:\.(?P<part>codes|scale|qmap))?(?:@(?P<rank>\d+)-of-\d+)?$")
+
+
+def _in_32_bits(parts: Mapping[str, Tensor]) -> Tensor:
+    if "codes" not in parts:
+        return parts[""]
+    codes, scale = parts["codes"], parts["scale"]
+    levels = parts["qmap"][codes.long()].view(len(scale), -1)
+    return (levels * scale.view(-1, 1)).view(codes.shape)
 
 
 def _leaves(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any, str]]:
     """Yield name, holder and key of every number and plain tensor in the state, parameter by
     parameter.
     """
+    for name, entries, key in _moments(optimizer):
+        yield from _parts(optimizer, name, entries, key)
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, dict[str, Any], str]]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(parameters):
-        yield from _below(f"{index}", optimizer.state.get(parameter, {}))
+        entries = optimizer.state.get(parameter, {})
+        for key in entries:
+            yield f"{index}.{key}", entries, key
 
 
-def _below(name: str, entries: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    for key, value in entries.items():
+def _parts(
+    optimizer: torch.optim.Optimizer, name: str, entries: dict[str, Any], key: str
+) -> Iterator[tuple[str, Any, str]]:
+    held: Any = entries[key]
+    place = ""
+    if is_shared(held) and not isinstance(optimizer, torch.optim.AdamW):
+        # a rank's share has blocks of its own, or is too small for 8 bits: no slice of one whole
+        held, place = own_share(held), place_of(held)
+    if hasattr(held, "__tensor_flatten__") and not is_shared(held):
         # A tensor subclass, such as torchao's 8-bit moments: safetensors takes plain tensors only.
-        if hasattr(value, "__tensor_flatten__") and not is_shared(value):
-            inner = {each: getattr(value, each) for each in value.__tensor_flatten__()[0]}
-            yield from _below(f"{name}.{key}", inner)
-        else:
-            yield f"{name}.{key}", entries, key
+        for part in held.__tensor_flatten__()[0]:
+            yield f"{name}.{part}{place}", {part: getattr(held, part)}, part
+    elif place:
+        yield f"{name}{place}", {key: held}, key
+    else:
+        yield name, entries, key

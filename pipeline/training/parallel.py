@@ -22,11 +22,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.settings.parallel import Parallel
+from pipeline.config.settings.parallel import Parallel, ParallelConfig
 from pipeline.config.settings.precision import Precision
+from pipeline.data.prompts import PROMPT_MASK
+from pipeline.distillation.on_policy import Split, Written
+from pipeline.ledger.devices.table import device_of
 from pipeline.training.objective import Objective, StepLoss
 from pipeline.training.ranks import ALONE, Ranks
-from pipeline.training.shares import gathered, shared_like
 
 FAR = 1_000_003  # more than there are ranks: no two of them draw alike
 
@@ -41,10 +43,12 @@ class _Step(nn.Module):
         self.batch: dict[str, Tensor] = {}
         self.done: StepLoss | None = None
 
-    def forward(self) -> Tensor:
-        """Compute `batch`. It is no argument: tensors of arguments would be moved to the device,
-        and the objective reads them on the host.
+    def forward(self) -> Tensor | None:
+        """Compute `batch`, if there is any. It is no argument: tensors of arguments would be moved
+        to the device, and the objective reads them on the host.
         """
+        if not self.batch:
+            return None
         self.done = self.objective(self.batch)
         return self.done.loss
 
@@ -115,26 +119,57 @@ class Shared:
             yield
 
     @contextmanager
-    def whole(self) -> Generator[None]:
-        """Have the model's own forward pass work inside, as each rank then computes all of it."""
+    def whole(self, *, layers: bool = False) -> Generator[None]:
+        """Have the model's own forward pass work inside, as each rank then computes all of it.
+
+        Args:
+            layers: Gather them all before, so that ranks may compute different things; each then
+                holds the whole weights. Else each layer is gathered by all ranks as it is computed.
+        """
         if not self.is_sharded:
             yield
             return
-        # the layers gather themselves; what the objective holds is gathered before its own pass
-        self.module.unshard()
+        # what the objective holds is gathered before its own pass
+        gathered = [self.module, *(_sharded_layers(self._step.trained) if layers else ())]
+        for module in gathered:
+            module.unshard()
+            if module is not self.module:
+                module.set_reshard_after_forward(False, recurse=False)
         try:
             yield
         finally:
-            self.module.reshard()
+            for module in gathered:
+                if module is not self.module:
+                    module.set_reshard_after_forward(True, recurse=False)
+                module.reshard()
+
+    def completed(
+        self, objective: Objective, batch: dict[str, Tensor], step: int
+    ) -> dict[str, Tensor]:
+        """Return a batch as it is; of prompts, with what the model writes after them, each rank
+        after its rows.
+        """
+        if not self.ranks.several or PROMPT_MASK not in batch:
+            return objective.completed(batch, step)
+        sizes = [len(part) for part in batch[PROMPT_MASK].tensor_split(self.ranks.size)]
+        start = sum(sizes[: self.ranks.rank])
+
+        def joined(own: Written) -> list[Written]:
+            with objective.clock.phase("comm_wait"):
+                return self.ranks.gathered(own)
+
+        split = Split(slice(start, start + sizes[self.ranks.rank]), joined)
+        with self.whole(layers=True):
+            return objective.completed(batch, step, split)
 
     def end(self) -> None:
         """Part: each rank has whole weights again."""
         if not self.is_sharded:
             return
         step = self._step
-        _made_whole(step)
+        _made_whole(step, step.objective.device)
         if step.objective.teacher is not None:
-            _made_whole(step.objective.teacher.model)
+            _made_whole(step.objective.teacher.model, step.objective.device)
 
     def draw_for(self, step: int) -> None:
         """Have what is drawn at random in a step (dropout) follow from the step and the rank: a
@@ -149,14 +184,33 @@ def is_sharded(ranks: Ranks, mode: Parallel) -> bool:
     return ranks.several and mode.shards
 
 
-def share(trained: Any, objective: Objective, ranks: Ranks, mode: Parallel) -> Shared:
+def fitting_mode(asked: Parallel, needed_bytes: float, room_bytes: float, hosts: int) -> Parallel:
+    """Return what each rank is to hold: what is asked for; with `auto`, all of it where that fits.
+
+    Args:
+        needed_bytes: What the largest training of a run takes on one device with `ddp`: weights (a
+            live teacher's too), gradients, moments, activations.
+        room_bytes: What a device has for it.
+        hosts: Over which ranks are spread; layers are gathered within one.
+    """
+    if asked is not Parallel.auto:
+        return asked
+    if needed_bytes <= room_bytes:
+        return Parallel.ddp
+    return Parallel.hsdp if hosts > 1 else Parallel.fsdp
+
+
+def share(trained: Any, objective: Objective, ranks: Ranks, parallel: ParallelConfig) -> Shared:
     """Return how a training is shared; the weights are rank 0's from here on."""
     if not ranks.several:
         return Shared()
     ranks.assemble()
     step, seed = _Step(trained, objective), torch.initial_seed()
-    if is_sharded(ranks, mode):
-        return Shared(ranks, _sharded(step, objective, ranks, mode), mode, seed)
+    if is_sharded(ranks, parallel.mode):
+        module = _sharded(step, objective, ranks, parallel)
+        module()  # of nothing: what runs first is the root, and the model may run by itself first
+        module.reshard()
+        return Shared(ranks, module, parallel.mode, seed)
     return Shared(ranks, _averaged(step), Parallel.ddp, seed)
 
 
@@ -169,13 +223,13 @@ def _averaged(step: _Step) -> Any:
         return DistributedDataParallel(step, find_unused_parameters=True)
 
 
-def _sharded(step: _Step, objective: Objective, ranks: Ranks, mode: Parallel) -> Any:
+def _sharded(step: _Step, objective: Objective, ranks: Ranks, parallel: ParallelConfig) -> Any:
     """Share layers, then what is left; of a live teacher the layers alone."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     kind, on_host = objective.device.type, ranks.size // ranks.hosts
-    if mode is Parallel.hsdp:
+    if parallel.mode is Parallel.hsdp:
         shape, names = (ranks.hosts, on_host), ("between", "within")
     else:
         shape, names = (ranks.size,), ("within",)
@@ -184,12 +238,15 @@ def _sharded(step: _Step, objective: Objective, ranks: Ranks, mode: Parallel) ->
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if pure else None, reduce_dtype=torch.float32
     )
+    more: dict[str, Any] = {"mesh": mesh}
+    if parallel.offload:
+        more["offload_policy"] = CPUOffloadPolicy(pin_memory=device_of(objective.device).pinned)
     for layer in layers_in(step.trained):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mp_policy=policy, **more)
     if objective.teacher is not None:  # its weights are in its own precision, and take no step
         for layer in layers_in(objective.teacher.model):
-            fully_shard(layer, mesh=mesh)
-    return fully_shard(step, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, **more)
+    return fully_shard(step, mp_policy=policy, **more)
 
 
 def layers_in(model: nn.Module) -> list[nn.Module]:
@@ -204,7 +261,13 @@ def layers_in(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in named]
 
 
-def _made_whole(model: nn.Module) -> None:
+def _sharded_layers(model: nn.Module) -> list[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _made_whole(model: nn.Module, device: torch.device) -> None:
     """Give a model whole weights again, in place of its shares of them, and its own classes."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -214,7 +277,7 @@ def _made_whole(model: nn.Module) -> None:
         for name, each in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if isinstance(each, DTensor):
                 if id(each) not in whole:
-                    there = each.full_tensor().detach()
+                    there = each.full_tensor().detach().to(device)
                     whole[id(each)] = nn.Parameter(there, requires_grad=each.requires_grad)
                 setattr(module, name, whole[id(each)])
     for module in model.modules():
@@ -224,23 +287,3 @@ def _made_whole(model: nn.Module) -> None:
             for hook in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
                 hook.remove()
             module.__class__ = type(module).__mro__[2]  # FSDP's own, FSDPModule, the module's
-
-
-class SharedWeights:
-    """The weights of a sharded model, whole, as checkpoints keep them. Each rank has to ask."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._held = {name: each for name, each in model.named_parameters() if each.requires_grad}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the trained parameters by name, gathered from all ranks."""
-        return {name: gathered(each.detach()) for name, each in self._held.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor], *, strict: bool) -> None:
-        """Take this rank's share of each, in place."""
-        with torch.no_grad():
-            for name, value in state.items():
-                self._held[name].copy_(shared_like(self._held[name], value))
-
-    def tie_weights(self) -> None:
-        """Do nothing: what is tied is one parameter here."""

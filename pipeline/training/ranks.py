@@ -5,10 +5,11 @@ Rank 0 runs the recipe: it alone decides, writes and reports. The others follow 
 LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_* say who is who, whoever set them: this project's own
 launcher, torchrun, accelerate, or one scheduler task a rank.
 
-Two groups connect them: one for tensors of steps, as torch makes it for the device, and one of the
-hosts for what all give (`gathered`). In both, a rank that does not answer is an error after
-`parallel.timeout_seconds`. What rank 0 tells the others goes through torch's store. It may work
-alone for days: they wait as long as it gives signs of life (`training/meeting.py`).
+Groups connect them: one for tensors of steps, as torch makes it for the device, one of the hosts
+for what all give (`gathered`), and one of them for the thread that writes a checkpoint. In all, a
+rank that does not answer is an error after `parallel.timeout_seconds`. What rank 0 tells the others
+goes through torch's store. It may work alone for days: they wait as long as it gives signs of life
+(`training/meeting.py`).
 """
 
 from __future__ import annotations
@@ -137,12 +138,14 @@ class Ranks:
         control: The group of the hosts; None: it is alone.
         hosts: How many there are.
         meeting: Where ranks leave texts for one another; None: it is alone.
+        files: The same as `control`, for the thread that writes a checkpoint.
     """
 
     place: Place = Place()
     control: Any = None
     hosts: int = 1
     meeting: Meeting | None = None
+    files: Any = None
     _turns: Iterator[int] = field(default_factory=count)  # what was told, and is
     _assemblies: Iterator[int] = field(default_factory=count)
 
@@ -366,7 +369,7 @@ def join(
     about: dict[str, Any] = {"rank": place.rank, "world_size": place.size, "timeout": timeout}
     try:
         dist.init_process_group(backend, store=meeting.store, **about)
-        control = dist.new_group(backend="gloo", timeout=timeout)
+        control, files = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     except (RuntimeError, ValueError) as error:  # hosts that see the port, and not one another
         problem = (
             f"{place.size} ranks meet at {where()} and cannot connect to one another"
@@ -376,4 +379,4 @@ def join(
         raise UserError("MASTER_ADDR", problem, remedy) from error
     ranks = Ranks(place, control, 1, meeting)
     hosts = len(set(ranks.gathered(socket.gethostname())))
-    return Ranks(place, control, hosts, meeting)
+    return Ranks(place, control, hosts, meeting, files)

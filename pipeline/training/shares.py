@@ -1,9 +1,10 @@
-"""Tensors of which every rank holds a share (torch's DTensor), and whole ones for checkpoints."""
+"""Tensors of which every rank holds a share (torch's DTensor)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -12,15 +13,26 @@ def is_shared(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def gathered(tensor: Any) -> Tensor:
-    """Return a tensor whole, on the host; one that is shared is gathered from all ranks, each of
-    which has to ask.
-    """
-    return tensor.full_tensor().cpu() if is_shared(tensor) else tensor
+def own_share(tensor: Any) -> Tensor:
+    """Return what this rank holds of a tensor, without a copy: all of it where it is not shared."""
+    with torch.no_grad():
+        return tensor.to_local() if is_shared(tensor) else tensor
+
+
+def place_of(tensor: Any) -> str:
+    """Return which of how many shares this rank holds: `@0-of-2`."""
+    mesh = tensor.device_mesh
+    place, shares = 0, 1
+    for at, (coordinate, placement) in enumerate(
+        zip(mesh.get_coordinate(), tensor.placements, strict=True)
+    ):
+        if placement.is_shard():
+            place, shares = place * mesh.size(at) + coordinate, shares * mesh.size(at)
+    return f"@{place}-of-{shares}"
 
 
 def shared_like(held: Any, whole: Tensor) -> Tensor:
-    """Return this rank's share of a whole tensor, as it holds another one of its shape."""
+    """Return a whole tensor cut as this rank holds another one of its shape."""
     if not is_shared(held):
         return whole
     from torch.distributed.tensor import distribute_tensor

@@ -38,7 +38,7 @@ from pipeline.store import verdicts as gate_record
 from pipeline.store.artifacts import Store, digest_folder, facts_of, write_json
 from pipeline.tasks.table import Task
 from pipeline.tracking.writer import _delivered, waiting
-from pipeline.training.checkpoint import load, newest, save, tensors_of
+from pipeline.training.checkpoint import load, newest, save, state_of
 
 SLOW_S = 20.0  # of processor time
 
@@ -133,7 +133,7 @@ def _checkpoint(folder: Path) -> list[Path]:
     model = tiny(Task.causal_lm)
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (1, 2):
-        save(folder / "c", step, tensors_of(model, optimizer), lambda: {"history": []})
+        save(folder / "c", step, state_of(model, optimizer), lambda: {"history": []})
     return [
         path
         for path in sorted((folder / "c" / "step-000000002").iterdir())

@@ -20,21 +20,30 @@ from unittest.mock import patch
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from make_assess_models import tiny
-from test_training_loop import batches_for, hooks, settings
+from make_assess_models import random_documents, tiny
+from test_training_loop import LENGTHS, batches_for, hooks, settings
 
 from pipeline.config.settings.parallel import Parallel, ParallelConfig
 from pipeline.config.settings.precision import Precision, PrecisionConfig
-from pipeline.data.batches import IGNORE
+from pipeline.config.settings.quantization import Format
+from pipeline.config.settings.training import OptimizerKind, TrainingConfig
+from pipeline.data.batches import IGNORE, PackedBatches
+from pipeline.data.prompts import PartlySampled, Prompts
+from pipeline.distillation.hidden import HiddenSignal, WithProjections
 from pipeline.distillation.losses import Loss
+from pipeline.distillation.on_policy import Writing
 from pipeline.errors import Preempted
 from pipeline.ledger.phases import PhaseClock
+from pipeline.quantization.fake import Adapters, fake_quantize
+from pipeline.quantization.layers import EVERY_LAYER, plan_layers
 from pipeline.tasks.table import Task
 from pipeline.training.loop import Progress, train
 from pipeline.training.objective import Objective, Teacher
 from pipeline.training.parallel import Shared
+from pipeline.training.precision import round_weights
 from pipeline.training.ranks import ALONE, Ranks, join, place_in
 from pipeline.training.reading import examine
+from pipeline.training.schedule import first_row, sequence_length
 
 CPU = torch.device("cpu")
 STEPS = 5
@@ -57,16 +66,64 @@ class Uneven:
         return batch
 
 
-def objective_of(task: Task, precision: Precision, *, taught: bool) -> Objective:
+def objective_of(
+    task: Task, precision: Precision, *, taught: bool, how: str | None = None
+) -> Objective:
+    """Return what is minimised.
+
+    Args:
+        how: What is trained: `frozen` (all but the embeddings), `adapters`, `rounded` (all weights,
+            as int8 would round them), `inside` (with projections of hidden states), or `writes`
+            (a student that writes); None: all weights.
+    """
     model = tiny(task)
     language = task.kind.is_language
+    own = examine(model, CPU) if language else None
+    if how == "frozen":
+        model.get_input_embeddings().weight.requires_grad_(requires_grad=False)
+    if how in ("adapters", "rounded"):
+        layers = plan_layers(model.config, task, key="format", choice=EVERY_LAYER).quantize
+        adapters = Adapters(rank=4, alpha=8.0) if how == "adapters" else None
+        torch.manual_seed(5)
+        fake_quantize(model, layers, Format.int8_weight_only, torch.float32, adapters)
     teacher = None
     if taught:
         other = tiny(task, seed=1).eval().requires_grad_(requires_grad=False)
         read = examine(other, CPU) if language else None
-        teacher = Teacher(other, Precision.fp32, Loss(0.5, temperature=2.0), read)
-    own = examine(model, CPU) if language else None
-    return Objective(model, task, precision, CPU, PhaseClock(), teacher, read=own)
+        frozen_in = Precision.bf16 if precision is Precision.bf16 else Precision.fp32
+        round_weights(other, frozen_in)
+        teacher = Teacher(other, frozen_in, Loss(0.5, temperature=2.0), read)
+    objective = Objective(model, task, precision, CPU, PhaseClock(), teacher, read=own)
+    if how == "inside":
+        torch.manual_seed(6)
+        width, depth = model.config.hidden_size, model.config.num_hidden_layers
+        pairs = [(layer, layer) for layer in range(depth)]
+        objective.hidden = HiddenSignal(pairs, (width, width), 0.5)
+    if how == "writes":
+        objective.writing = Writing(
+            length=6, temperature=1.0, vocabulary=257, ends=[10, 32, 101], seed=3
+        )
+    return objective
+
+
+def batches_of(config: TrainingConfig, task: Task, how: str | None) -> Any:
+    """Return batches of which the first rows have few targets; of a student that writes, prompts in
+    two of three steps; of sizes that may grow.
+    """
+    if task is not Task.causal_lm:
+        return batches_for(config, task)
+    documents = random_documents(LENGTHS, is_text=True)
+    text = PackedBatches(
+        documents,
+        sequence_length=config.sequence_length,
+        batch_size=partial(first_row, settings=config),
+        seed=7,
+        length_at=lambda step: sequence_length(step, config),
+    )
+    if how != "writes":
+        return Uneven(text)
+    prompts = Prompts(documents, longest=8, batch_size=config.batch_size, seed=7)
+    return PartlySampled(text, prompts, 0.67, 7)
 
 
 def trained(
@@ -79,26 +136,35 @@ def trained(
     precision: Precision = Precision.fp32,
     changes: dict[str, Any] | None = None,
     stop_after: int | None = None,
+    how: str | None = None,
+    offload: bool = False,
+    loss_scale: float = 2.0**10,
+    resumed: Callable[[int], None] = lambda step: None,
 ) -> tuple[Objective, Progress]:
     """Train from the same weights on the same batches."""
     config = settings(**{"steps": STEPS, "learning_rate": 1e-2, **(changes or {})})
-    objective = objective_of(task, precision, taught=taught)
-    batches = batches_for(config, task)
+    objective = objective_of(task, precision, taught=taught, how=how)
+    model: Any = objective.model
+    if objective.hidden is not None:
+        model = WithProjections(model, objective.hidden)
     taken = iter(range(100))
     # one rank alone is asked to
     stops = stop_after if ranks.rank == ranks.size - 1 else None
-    given = hooks(should_stop=lambda: Preempted if next(taken) + 1 == stops else None)
+    given = hooks(
+        should_stop=lambda: Preempted if next(taken) + 1 == stops else None,
+        resumed=lambda step, history: resumed(step),
+    )
     progress = train(
-        objective.model,
-        Uneven(batches) if task is Task.causal_lm else batches,
+        model,
+        batches_of(config, task, how),
         objective,
         settings=config,
-        precision=PrecisionConfig(name=precision),
+        precision=PrecisionConfig(name=precision, loss_scale=loss_scale),
         folder=folder,
         clock=PhaseClock(),
         hooks=given,
         ranks=ranks,
-        parallel=ParallelConfig(mode=mode),
+        parallel=ParallelConfig(mode=mode, offload=offload and ranks.several),
     )
     return objective, progress
 
@@ -116,9 +182,10 @@ def compare(ranks: Ranks, folder: Path, **how: Any) -> dict[str, Any]:
     mode = how.pop("mode")
     objective, progress = trained(ranks, folder / "ranks", mode, **how)
     alone, wanted = trained(ALONE, folder / f"alone-{ranks.rank}", **how)
-    task = how.get("task", Task.causal_lm)
+    task, precision = how.get("task", Task.causal_lm), how.get("precision", Precision.fp32)
+    begun = objective_of(task, precision, taught=how.get("taught", False), how=how.get("how"))
     found = {
-        "apart": apart(*(weights(each) for each in (objective.model, alone.model, tiny(task)))),
+        "apart": apart(*(weights(each) for each in (objective.model, alone.model, begun.model))),
         "tokens": [progress.tokens, wanted.tokens],
         "loss": [progress.smooth, wanted.smooth],
         "classes": sorted({type(each).__name__ for each in objective.model.modules()}),
@@ -130,23 +197,56 @@ def compare(ranks: Ranks, folder: Path, **how: Any) -> dict[str, Any]:
 
 
 def resumed(
-    ranks: Ranks, folder: Path, *, first: Parallel, then: Parallel, alone: bool = False
+    ranks: Ranks,
+    folder: Path,
+    *,
+    first: Parallel,
+    then: Parallel,
+    alone: bool = False,
+    begun_alone: bool = False,
+    **how: Any,
 ) -> dict[str, Any]:
     """Compare a training that was stopped after 3 steps and went on with one that was not.
 
     Args:
         alone: One process goes on with it.
+        begun_alone: One process began it.
     """
-    with suppress(Preempted):
-        trained(ranks, folder / "ranks", first, taught=True, stop_after=3)
+    how = {"taught": True, **how}
+    if not begun_alone or ranks.is_first:
+        with suppress(Preempted):
+            trained(ALONE if begun_alone else ranks, folder / "ranks", first, stop_after=3, **how)
     ranks.meet()
-    went_on, _ = trained(ALONE if alone else ranks, folder / "ranks", then, taught=True)
-    whole, _ = trained(ranks, folder / "whole", then, taught=True)
+    files = sorted(path.name for path in max((folder / "ranks").glob("step-*")).iterdir())
+    ranks.meet()
+    went_on, _ = trained(ALONE if alone else ranks, folder / "ranks", then, **how)
+    whole, _ = trained(ranks, folder / "whole", then, **how)
     found, wanted = weights(went_on.model), weights(whole.model)
     return {
         "apart": apart(found, wanted, weights(tiny(Task.causal_lm))),
         "equal": torch.equal(found, wanted),
+        "files": files,
     }
+
+
+def begun(ranks: Ranks, folder: Path, **how: Any) -> dict[str, Any]:
+    """Stop a training after 3 steps; return the files of its checkpoint."""
+    with suppress(Preempted):
+        trained(ranks, folder, Parallel.fsdp, taught=True, stop_after=3, **how)
+    ranks.meet()
+    return {"files": sorted(path.name for path in max(folder.glob("step-*")).iterdir())}
+
+
+def gone_on(ranks: Ranks, folder: Path, *, at: str, **how: Any) -> dict[str, Any]:
+    """Compare a training that other ranks began, in the folder `at` beside, with a whole one."""
+    resumed: list[int] = []
+    went_on, _ = trained(
+        ranks, folder.parent / at, Parallel.fsdp, taught=True, resumed=resumed.append, **how
+    )
+    whole, _ = trained(ranks, folder / "whole", Parallel.fsdp, taught=True, **how)
+    assert resumed == [3]
+    start = weights(tiny(Task.causal_lm))
+    return {"apart": apart(weights(went_on.model), weights(whole.model), start)}
 
 
 def without_sums(ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -166,6 +266,13 @@ def case(**how: Any) -> Callable[[Ranks, Path], dict[str, Any]]:
     return lambda ranks, folder: compare(ranks, folder, **copy.deepcopy(how))
 
 
+GROWING: dict[str, Any] = {
+    "batch_size": 8,
+    "start_batch_size": 2,
+    "start_sequence_length": 8,
+    "growth_fraction": 0.9,
+}
+IN_8_BITS: dict[str, Any] = {"optimizer": OptimizerKind.adamw_8bit_torchao}
 CASES: dict[str, Callable[[Ranks, Path], dict[str, Any]]] = {
     "ddp": case(mode=Parallel.ddp),
     "ddp, taught": case(mode=Parallel.ddp, taught=True),
@@ -177,6 +284,41 @@ CASES: dict[str, Callable[[Ranks, Path], dict[str, Any]]] = {
     "fsdp, in parts": case(mode=Parallel.fsdp, changes={"gradient_accumulation": 2}),
     "fsdp, bf16_pure": case(mode=Parallel.fsdp, precision=Precision.bf16_pure),
     "hsdp, taught": case(mode=Parallel.hsdp, taught=True),
+    "fsdp, frozen": case(mode=Parallel.fsdp, how="frozen"),
+    "fsdp, adapters": case(mode=Parallel.fsdp, taught=True, how="adapters"),
+    "fsdp, rounded": case(mode=Parallel.fsdp, taught=True, how="rounded"),
+    "fsdp, inside": case(mode=Parallel.fsdp, taught=True, how="inside"),
+    "fsdp, writes": case(mode=Parallel.fsdp, taught=True, how="writes"),
+    "ddp, writes": case(mode=Parallel.ddp, taught=True, how="writes"),
+    "fsdp, bf16": case(mode=Parallel.fsdp, taught=True, precision=Precision.bf16),
+    "fsdp, fp16": case(mode=Parallel.fsdp, precision=Precision.fp16),
+    "fsdp, fp16 that overflows": case(
+        mode=Parallel.fsdp, precision=Precision.fp16, loss_scale=2.0**21
+    ),
+    "fsdp, offload": case(mode=Parallel.fsdp, taught=True, offload=True),
+    "fsdp, growing": case(mode=Parallel.fsdp, changes=GROWING),
+    "fsdp, clipped": case(mode=Parallel.fsdp, changes={"max_grad_norm": 0.05}),
+    "fsdp, 8 bits": case(mode=Parallel.fsdp, changes=IN_8_BITS),
+    "fsdp, 8 bits, resumed": partial(
+        resumed, first=Parallel.fsdp, then=Parallel.fsdp, changes=IN_8_BITS
+    ),
+    "fsdp, 8 bits, resumed alone": partial(
+        resumed, first=Parallel.fsdp, then=Parallel.ddp, alone=True, changes=IN_8_BITS
+    ),
+    "alone, 8 bits, resumed as fsdp": partial(
+        resumed, first=Parallel.ddp, then=Parallel.fsdp, begun_alone=True, changes=IN_8_BITS
+    ),
+    "alone, resumed as fsdp": partial(
+        resumed, first=Parallel.ddp, then=Parallel.fsdp, begun_alone=True
+    ),
+    "fsdp, begun": begun,
+    "fsdp, 8 bits, begun": partial(begun, changes=IN_8_BITS),
+    "fsdp, gone on": partial(gone_on, at="fsdp"),
+    "fsdp, 8 bits, gone on": partial(gone_on, at="fsdp, 8 bits", changes=IN_8_BITS),
+    "hsdp, resumed": partial(resumed, first=Parallel.hsdp, then=Parallel.hsdp),
+    "hsdp, 8 bits, resumed": partial(
+        resumed, first=Parallel.hsdp, then=Parallel.hsdp, changes=IN_8_BITS
+    ),
     "ddp, resumed": partial(resumed, first=Parallel.ddp, then=Parallel.ddp),
     "fsdp, resumed": partial(resumed, first=Parallel.fsdp, then=Parallel.fsdp),
     "ddp, resumed as fsdp": partial(resumed, first=Parallel.ddp, then=Parallel.fsdp),

@@ -27,6 +27,8 @@ class ParallelConfig:
     """How ranks (one process a device) share a training."""
 
     mode: Parallel = Parallel.auto  # what each rank holds
+    # with fsdp and hsdp, weights and moments lie in the host's memory until a layer is computed
+    offload: bool = False
     # a rank that does not answer for so long in a step ends the run
     timeout_seconds: float = positive(600.0)
     rendezvous_seconds: float = positive(600.0)  # that all ranks have to come, at the start

@@ -76,6 +76,8 @@ class TrainingConfig:
     checkpoint_every: Any = None
     # between two checkpoints; with auto, until the first
     checkpoint_seconds: float = positive(60.0)
+    # written from a copy on the host while the training goes on; it waits for the copy alone
+    checkpoint_beside: bool = False
     # mean time between ends without warning, for checkpoint_every=auto: 3 hours
     preempted_every_seconds: float = positive(10800.0)
     # loss over its own best average
