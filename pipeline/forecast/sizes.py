@@ -161,7 +161,7 @@ def _kept(key: _Key, precision: Precision, length: int) -> float:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        stored[storage._cdata] = storage.nbytes()
+        stored[storage._cdata] = storage.nbytes()  # pyright: ignore[reportPrivateUsage]
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):

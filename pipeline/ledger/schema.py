@@ -638,13 +638,11 @@ VERDICT_SCHEMA: Schema = {
 }
 """What a release gate leaves: its verdict, or that it came to none."""
 
-_NUMBER = {"type": "number"}
-_NUMBER_OR_NULL: Schema = {"type": ["number", "null"]}
 _EXPECTED: Schema = {
     "type": "object",
     "required": ["value", "low", "high"],
     "additionalProperties": False,
-    "properties": dict.fromkeys(("value", "low", "high"), _NUMBER),
+    "properties": dict.fromkeys(("value", "low", "high"), {"type": "number"}),
 }
 _EXPECTED_OR_NULL: Schema = {"oneOf": [{"type": "null"}, _EXPECTED]}
 FORECAST_SCHEMA: Schema = {
@@ -675,10 +673,10 @@ FORECAST_SCHEMA: Schema = {
                     "arm": {"type": ["string", "null"]},
                     "seed": {"type": ["integer", "null"]},
                     "like": {"type": "object", "additionalProperties": {"type": "string"}},
-                    "flops": _NUMBER_OR_NULL,
+                    "flops": _NUMBER,
                     "expected_s": _EXPECTED_OR_NULL,
                     "source": {"type": "string"},
-                    "actual_s": _NUMBER_OR_NULL,
+                    "actual_s": _NUMBER,
                 },
             },
         },
@@ -692,7 +690,7 @@ FORECAST_SCHEMA: Schema = {
                 "properties": {
                     "expected": _EXPECTED_OR_NULL,
                     "why_missing": {"type": ["string", "null"]},
-                    "actual": _NUMBER_OR_NULL,
+                    "actual": _NUMBER,
                 },
             },
         },

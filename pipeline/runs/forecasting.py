@@ -8,7 +8,7 @@ done already costs nothing; what nothing is known of is named, and left out of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pipeline.compare.statistics import Interval
 from pipeline.config.arms import BASE, stage_name
 from pipeline.config.settings.run import Measure
 from pipeline.config.settings.training import TrainingConfig
+from pipeline.data.documents import Document
 from pipeline.forecast.memory import Spread, training_memory
 from pipeline.forecast.past import FILE, Foreseen, Past, settings_key
 from pipeline.forecast.rates import added, expected, scaled
@@ -32,6 +33,7 @@ from pipeline.ledger.shapes import (
     ForecastPart,
     ForecastRecord,
     ForecastTotal,
+    HoursPart,
     Made,
     Result,
     Row,
@@ -509,7 +511,8 @@ def _actual_hours(part: ForecastPart, own: list[Row], result: Result) -> float |
         row for row in own if stage_name(row["arm"]) == part["arm"] and row["seed"] == part["seed"]
     ]
     finished = any(row["status"] == "FINISHED" for row in rows)
-    return sum(hours_in(row, part["what"]) for row in rows) if finished else None
+    what: HoursPart = "assess" if part["what"] == "assess" else "work"
+    return sum(hours_in(row, what) for row in rows) if finished else None
 
 
 def _sum_of(values: Iterator[float | None]) -> float | None:
@@ -538,12 +541,12 @@ def _name(part: ForecastPart) -> str:
     return whole.get(what) or (f"assessing {arm}" if what == "assess" else str(arm))
 
 
-def _tokens(documents: list[Any]) -> float:
+def _tokens(documents: Sequence[Document]) -> float:
     """Return roughly how many tokens there are in documents."""
     return sum(_length(each) for each in documents) / BYTES_A_TOKEN
 
 
-def _length(document: Any) -> int:
+def _length(document: Document) -> int:
     whole = len(document.text) + len(document.prompt or "") + len(document.pair or "")
     return whole + sum(len(str(each.get("content") or "")) for each in document.messages or ())
 

@@ -228,9 +228,10 @@ class StageRunner:
             "memory": {part: value.to_json() for part, value in memory.items()},
             "usage": usage.to_json(),
             "disturbance": timeline.disturbance(name, self.seed).to_json(),
-            **({"ranks": times} if times else {}),
             "earlier": book.rows_of(name, self.seed),
         }
+        if times:
+            record["ranks"] = times
         # The record before the checkpoints go: a crash in between only leaves files behind.
         session.store.remember("keys", key, record)
         shutil.rmtree(checkpoints, ignore_errors=True)
