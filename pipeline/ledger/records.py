@@ -238,7 +238,7 @@ SHARD = Spec(
 """Beside each shard of a capture."""
 CHECKPOINT = Spec(
     shapes.CheckpointManifest,
-    _fields(step=_NS, sha256={"type": "object", "additionalProperties": _TEXT}),
+    _fields({"format": _NS}, step=_NS, sha256={"type": "object", "additionalProperties": _TEXT}),
 )
 """manifest.json of a checkpoint."""
 PROGRESS = Spec(shapes.Progress, _fields({"history": _HISTORY}))

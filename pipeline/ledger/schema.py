@@ -642,7 +642,7 @@ _EXPECTED: Schema = {
     "type": "object",
     "required": ["value", "low", "high"],
     "additionalProperties": False,
-    "properties": dict.fromkeys(("value", "low", "high"), {"type": "number"}),
+    "properties": {name: {"type": "number"} for name in ("value", "low", "high")},
 }
 _EXPECTED_OR_NULL: Schema = {"oneOf": [{"type": "null"}, _EXPECTED]}
 FORECAST_SCHEMA: Schema = {
