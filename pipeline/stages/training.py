@@ -161,12 +161,14 @@ def run_training(
             ranks=ctx.ranks,
         )
     progress, timeline = _loop(ready, validate, settings, ctx)
+    with ctx.clock.phase("checkpoint"):  # of what ranks share, all have to be asked
+        moved = ready.teacher is not None and parameter_hash(ready.teacher.model) != ready.frozen
     if not ctx.ranks.is_first:  # the first one saves, and says what it was
         return Output(counts=_no_counts())
     share = _share_of_teacher(distill, ready, settings, ctx)
     with ctx.clock.phase("checkpoint"):
         # A teacher that moved was not frozen: nobody could say what the student learnt from.
-        if ready.teacher is not None and parameter_hash(ready.teacher.model) != ready.frozen:
+        if moved:
             raise StageFailed("the teacher's parameters changed while the student trained")
         save(model)
     output = _output(progress, ready.objective, distill, share, ready.flops, ready.active)
