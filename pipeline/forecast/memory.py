@@ -24,6 +24,9 @@ FP32, HALF = 4, 2  # bytes
 TILE_BYTES = 2**25  # of a chunk of the head on a device that names no size of its own
 # of the estimate: what was found beside torch's own count (tests/test_forecast_memory.py)
 LEAST, MOST = 0.85, 1.25
+# bytes that a token leaves in a layer, for each unit of width: more than any architecture was seen
+# to, by a factor of three
+AT_MOST_KEPT = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +143,23 @@ def training_memory(
         head=cast + _head_bytes(size.vocabulary, size.width, tokens, tile_bytes or TILE_BYTES),
         accumulates=settings.gradient_accumulation > 1,
     )
+
+
+def surely_fits(work: Workload, task: Task, spread: Spread, have: float) -> bool:
+    """Return whether a training takes so little of what there is that it need not be counted.
+
+    Raises:
+        Exception: Of any kind, where transformers cannot make the model.
+    """
+    assert work.batches is not None
+    sizes = [size_of(work.config, task)]
+    if work.teacher is not None:
+        sizes.append(size_of(work.teacher[0], task))
+    tokens = work.batches.batch_size * work.batches.sequence_length
+    weights = sum(5 * FP32 * each.parameters for each in sizes)
+    passing = sum(AT_MOST_KEPT * each.width * each.layers for each in sizes) * tokens
+    heads = sum(2 * FP32 * each.vocabulary for each in sizes) * tokens
+    return (weights + passing + heads) * spread.ranks < have / 2
 
 
 def _activations(work: Workload, task: Task, tokens: int) -> tuple[float | None, float]:

@@ -325,6 +325,8 @@ class _Forecaster:
     def _memory(self) -> ForecastTotal:
         """Return the most that any training takes on one device."""
         session = self.running.session
+        if not device_of(session.device).counts_memory:
+            return _unknown("this device's memory is the host's, or torch does not count it")
         works = [self._workload(name, stage) for name, stage in session.stages.items()]
         trained = [each for each in works if each is not None and each.trains]
         if not trained:

@@ -211,7 +211,7 @@ def _check_memory(run: Run, known: BeforeRun) -> None:
     Raises:
         UserError: Naming the stage, and what would fit.
     """
-    from pipeline.forecast.memory import remedies, training_memory
+    from pipeline.forecast.memory import remedies, surely_fits, training_memory
 
     own, spread = device_of(known.device), planned_spread(run, known.device)
     have = attempted(lambda: _free_memory(own, spread.ranks), lambda _: None)
@@ -220,6 +220,8 @@ def _check_memory(run: Run, known: BeforeRun) -> None:
         if have is None or work is None or not work.trains or stage.optional:
             continue
         asked = (work, run.task, spread)
+        if attempted(lambda: surely_fits(*asked, have), lambda _: False):  # noqa: B023
+            continue
         found = attempted(lambda: training_memory(*asked, own.chunk_bytes), lambda _: None)  # noqa: B023
         if found is None or found.total.low <= have:
             continue
