@@ -25,8 +25,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)  # the default suite
 	$(PYTEST)
 
+# PART=K/N takes the K-th of N parts of the test files, from 0.
+PART ?= 0/1
 test-all: $(INSTALLED)  # the slow ones too
-	$(PYTEST) -m "$(MARKS)"
+	$(PYTEST) -m "$(MARKS)" --part $(PART)
 
 mutants: $(INSTALLED)  # single-line faults that the default suite must find
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py

@@ -45,12 +45,23 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take a part of the files: `--part 1/3` is every third one, from the second on."""
+    parser.addoption("--part", default="0/1", help="K/N: of N parts of the test files, the K-th")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Have the files that take longest begin first, so that no worker is left alone with one at the
-    end.
+    end; of several parts of the files, keep one.
     """
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+    part, parts = (int(each) for each in str(config.getoption("--part")).split("/"))
+    places = {name: at for at, name in enumerate(sorted({item.path.stem for item in items}))}
+    gone = [item for item in items if places[item.path.stem] % parts != part]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if places[item.path.stem] % parts == part]
 
 
 @pytest.fixture(autouse=True)
