@@ -126,7 +126,7 @@ def test_two_tasks_are_two_ranks_of_one_run(tmp_path: Path) -> None:
     assert result_of(tmp_path)["status"] == "FINISHED"
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_hosts_stop_where_one_is_told_to_and_go_on(tmp_path: Path) -> None:
     """Both as SkyPilot starts them, each with one rank, on this machine."""
     script = shell_of_two_hosts(tmp_path)

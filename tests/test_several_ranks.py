@@ -107,7 +107,7 @@ EVERY_WAY = {
 """How far the update of two ranks may be from that of one process, as a share of it."""
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_every_way_to_share_a_training_gives_the_same(tmp_path: Path) -> None:
     found = by_ranks(tmp_path, *EVERY_WAY, timeout=1500)
     for case, each in found.items():
@@ -486,7 +486,7 @@ def test_a_cache_that_two_ranks_capture_and_learn_from_is_that_of_one(tmp_path: 
     assert read[1] == pytest.approx(read[0], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_ranks_recover_what_quantizing_lost_and_try_layers_as_one_does(tmp_path: Path) -> None:
     """All train; the first one quantizes, and reads what is left of the loss."""
     recipe = """
