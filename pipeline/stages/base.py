@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipeline.config.arms import BASE, STUDENT_INIT, stage_name
@@ -111,6 +111,7 @@ class BeforeRun:
     Attributes:
         base: Where the model of `model.*` lies: a folder, or a name on the Hub.
         config: Its transformers configuration.
+        configs: Of arms that were asked for, which takes a model on the meta device each.
     """
 
     run: Run
@@ -118,6 +119,7 @@ class BeforeRun:
     device: Any
     base: str | Path
     config: Any
+    configs: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -413,6 +415,12 @@ def config_of(arm: str, known: BeforeRun) -> Any | None:
         return known.config
     if arm != STUDENT_INIT:
         return stages_of(known.run)[arm].makes_config(known)
+    if arm not in known.configs:
+        known.configs[arm] = _student_config(known)
+    return known.configs[arm]
+
+
+def _student_config(known: BeforeRun) -> Any | None:
     from pipeline.models.student import student_config
 
     student = known.run.student
