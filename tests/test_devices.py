@@ -103,7 +103,11 @@ def test_the_generator_of_the_models_device_is_kept(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         torch.cuda, "get_rng_state", lambda device="cuda": asked.append(device) or torch.zeros(1)
     )
-    model = SimpleNamespace(state_dict=lambda: {"w": SimpleNamespace(device=SECOND)})
+    weight: Any = SimpleNamespace(device=SECOND, requires_grad=True)
+    weight.detach = lambda: weight
+    model = SimpleNamespace(
+        named_parameters=lambda: [("w", weight)], named_buffers=lambda: [], state_dict=lambda: {}
+    )
     assert set(checkpoint._generator_states(checkpoint._device_of(model))) == {"cpu", "device"}
     assert asked == [SECOND]
     on_cpu = torch.nn.Linear(2, 2)
