@@ -477,7 +477,7 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would(
     monkeypatch.chdir(tmp_path)
     needed = training_memory(work(sequence_length=1024, batch_size=64), LM, Spread()).total
     monkeypatch.setattr(
-        "pipeline.runs.preflight.host_now", lambda: (None, int(needed.estimate * LEAST / MOST))
+        "pipeline.runs.fitting.host_now", lambda: (None, int(needed.estimate * LEAST / MOST))
     )
     words = [*TINY, "training.sequence_length=1024", "training.batch_size=64"]
     assert main(words, started_ns=0) == 1

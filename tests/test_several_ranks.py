@@ -35,7 +35,7 @@ from pipeline.runs.following import _as_the_first_one_sees_it
 from pipeline.runs.timeline import Timeline
 from pipeline.stages.settings import _check_ranks, check_training
 from pipeline.stages.train import TrainStage
-from pipeline.training.parallel import Shared, fitting_mode, layers_in
+from pipeline.training.parallel import Shared, layers_in
 from pipeline.training.ranks import Place, RankLost, Ranks, place_in
 
 PROGRAM = str(PROJECT / "tests/programs/ranks.py")
@@ -172,23 +172,6 @@ def test_rows_are_shared_and_none_is_left() -> None:
         for rank in range(3)
     ]
     assert parts == [[0, 1, 2], [3, 4], [5, 6]]
-
-
-@pytest.mark.parametrize(
-    ("asked", "needed", "hosts", "wanted"),
-    [
-        (Parallel.auto, 10, 1, Parallel.ddp),
-        (Parallel.auto, 10, 2, Parallel.ddp),
-        (Parallel.auto, 11, 1, Parallel.fsdp),
-        (Parallel.auto, 11, 2, Parallel.hsdp),
-        (Parallel.ddp, 11, 2, Parallel.ddp),
-        (Parallel.fsdp, 1, 2, Parallel.fsdp),
-    ],
-)
-def test_what_does_not_fit_one_device_is_shared_out(
-    asked: Parallel, needed: int, hosts: int, wanted: Parallel
-) -> None:
-    assert fitting_mode(asked, needed, 10, hosts) is wanted
 
 
 def test_the_layers_of_a_model_are_found() -> None:

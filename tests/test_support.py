@@ -37,6 +37,8 @@ def test_what_the_table_says_of_an_architecture_is_so(
     name: str, told: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     found = answers(name, tmp_path) | formats(name, tmp_path)
+    # a device with other units than that of the table may have formats that it lacks
+    found = {column: cell for column, cell in found.items() if column in told[name]}
     if not cpu_repacks():  # the table is of a CPU whose kernel takes some shapes only
         found = {
             column: cell for column, cell in found.items() if THIS_CPU not in told[name][column]

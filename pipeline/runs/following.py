@@ -38,6 +38,7 @@ from pipeline.ledger.numbers import percent
 from pipeline.ledger.phases import PhaseClock, difference
 from pipeline.ledger.shapes import OutputRecord, RankTime
 from pipeline.runs.environment import code_digest
+from pipeline.runs.fitting import in_mode
 from pipeline.runs.preflight import choose_device
 from pipeline.runs.signals import noted, on_stop_signal
 from pipeline.runs.versions import versions
@@ -266,6 +267,7 @@ def follow(run: Run, ranks: Ranks, clock: PhaseClock) -> int:
             device = choose_device(run)
             # what the first one imports before its stages: it would wait for it in the first step
             importlib.import_module("transformers")
+            run = in_mode(run, ranks.told())  # what the first one chose for parallel.mode=auto
             while True:
                 task = ranks.told()
                 if task is None:

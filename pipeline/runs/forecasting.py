@@ -41,8 +41,8 @@ from pipeline.ledger.shapes import (
 from pipeline.runs.assessor import Assessor
 from pipeline.runs.base_model import base_artifact
 from pipeline.runs.book import Arm, Book
+from pipeline.runs.fitting import planned_spread
 from pipeline.runs.keys import evaluation_settings, made_on, stage_key
-from pipeline.runs.preflight import planned_spread
 from pipeline.runs.probe import probe, seconds
 from pipeline.runs.rows import hours_in
 from pipeline.runs.runner import StageRunner

@@ -71,6 +71,7 @@ def _lead(
         from pipeline.runs.runner import StageRunner
     with refusals_reported(is_gate(run)):
         running = open_run(run, clock, command=command, started_ns=started_ns, ranks=ranks)
+    ranks.told(running.session.run.parallel.mode)
     timeline, gate = running.timeline, running.session.gate
     # What the result says unless something below says better.
     status, why = "FAILED", "crashed"

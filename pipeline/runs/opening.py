@@ -49,6 +49,7 @@ from pipeline.report.tables import WIDTH
 from pipeline.report.text import wrap
 from pipeline.runs.book import Book
 from pipeline.runs.environment import commit
+from pipeline.runs.fitting import planned_ranks
 from pipeline.runs.jobs import jobs_of
 from pipeline.runs.keys import reading_key, run_keys
 from pipeline.runs.preflight import (
@@ -58,7 +59,6 @@ from pipeline.runs.preflight import (
     check_releases,
     check_tasks,
     choose_device,
-    planned_ranks,
     slow_precision,
 )
 from pipeline.runs.resume import Past, read_past, why_unusable
@@ -130,6 +130,7 @@ def prepare(run: Run, clock: PhaseClock) -> Prepared:
     known = None
     if gate is None:
         of_models, known = check_models(run, data, store, clock, device, asked)
+        run = known.run  # with a `parallel.mode` that fits
     else:
         folders = {arm: side.artifact.path for arm, side in released.items()}
         of_models = check_releases(run, data, folders, clock, asked)

@@ -7,30 +7,25 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config.arms import BASE, STUDENT_INIT
-from pipeline.config.settings.hardware import ALL
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.config.settings.run import Measure, Run, scored_length
 from pipeline.config.settings.serving import Decode
 from pipeline.data.documents import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.tasks import Asked, check_lengths
-from pipeline.ledger.attempted import attempted
 from pipeline.ledger.devices.device import Device
 from pipeline.ledger.devices.table import device_of, open_device
-from pipeline.ledger.memory import host_now
-from pipeline.ledger.numbers import how_many, num_bytes
+from pipeline.ledger.numbers import how_many
 from pipeline.ledger.phases import PhaseClock
 from pipeline.models.heads import refuse_other_head
 from pipeline.runs.base_model import base_artifact, is_remade
+from pipeline.runs.fitting import check_memory, with_fitting_mode
 from pipeline.stages.base import BeforeRun, stages_of, student_source
 from pipeline.store.artifacts import Store
 from pipeline.training.ranks import Place, place_in
-
-if TYPE_CHECKING:
-    from pipeline.forecast.memory import Spread
 
 SAMPLE = 64  # documents whose tokens are looked at; training and assessment look at all of theirs
 SAMPLE_BYTES = 4096  # of each
@@ -201,67 +196,9 @@ def check_models(
         known = BeforeRun(run, data, device, base, config)
         for name, stage in stages.items():
             stage.preflight(f"stages.{name}", known)
-        _check_memory(run, known)
-    return list(dict.fromkeys(notes)), known
-
-
-def _check_memory(run: Run, known: BeforeRun) -> None:
-    """Refuse a training that cannot fit its device, by what it takes at least.
-
-    Raises:
-        UserError: Naming the stage, and what would fit.
-    """
-    from pipeline.forecast.memory import remedies, surely_fits, training_memory
-
-    own, spread = device_of(known.device), planned_spread(run, known.device)
-    have = attempted(lambda: _free_memory(own, spread.ranks), lambda _: None)
-    for name, stage in stages_of(run).items():
-        work = attempted(lambda: stage.workload(name, known), lambda _: None)  # noqa: B023
-        if have is None or work is None or not work.trains or stage.optional:
-            continue
-        asked = (work, run.task, spread)
-        if attempted(lambda: surely_fits(*asked, have), lambda _: False):  # noqa: B023
-            continue
-        found = attempted(lambda: training_memory(*asked, own.chunk_bytes), lambda _: None)  # noqa: B023
-        if found is None or found.total.low <= have:
-            continue
-        parts = ", ".join(f"{part} {num_bytes(size)}" for part, size in found.parts().items())
-        problem = (
-            f"its training takes about {num_bytes(found.total.estimate)} of a device's memory"
-            f" ({parts}), and {num_bytes(have)} are free"
-        )
-        would = list(remedies(*asked, have, own.chunk_bytes))
-        remedy = " or ".join(would) or "a smaller model, or shorter sequences"
-        raise UserError(f"stages.{name}", problem, f"give {remedy}")
-
-
-def planned_spread(run: Run, device: Any) -> Spread:
-    """Return how ranks will share a training: those that are there, else those that settings ask
-    for.
-    """
-    from pipeline.forecast.memory import Spread
-
-    place = place_in()
-    if place is not None:
-        return Spread.of(run.parallel.mode, place.size, place.on_host)
-    planned = planned_ranks(run, device)
-    return Spread.of(run.parallel.mode, planned, planned)
-
-
-def planned_ranks(run: Run, device: Any) -> int:
-    """Return how many ranks this host will have, by the settings."""
-    wanted = run.hardware.devices
-    return device_of(device).count() if wanted == ALL else int(wanted)
-
-
-def _free_memory(device: Device, ranks: int) -> float | None:
-    """Return the bytes that a rank can have; on a CPU they share the host's."""
-    if device.counts_memory:
-        return float(device.free_bytes()[0])
-    if device.kind != "cpu":
-        return None
-    available = host_now()[1]
-    return None if available is None else available / ranks
+        known, said = with_fitting_mode(known)
+        check_memory(known)
+    return list(dict.fromkeys([*notes, *said])), known
 
 
 def _refuse_quantized(config: Any, key: str) -> None:

@@ -184,22 +184,6 @@ def is_sharded(ranks: Ranks, mode: Parallel) -> bool:
     return ranks.several and mode.shards
 
 
-def fitting_mode(asked: Parallel, needed_bytes: float, room_bytes: float, hosts: int) -> Parallel:
-    """Return what each rank is to hold: what is asked for; with `auto`, all of it where that fits.
-
-    Args:
-        needed_bytes: What the largest training of a run takes on one device with `ddp`: weights (a
-            live teacher's too), gradients, moments, activations.
-        room_bytes: What a device has for it.
-        hosts: Over which ranks are spread; layers are gathered within one.
-    """
-    if asked is not Parallel.auto:
-        return asked
-    if needed_bytes <= room_bytes:
-        return Parallel.ddp
-    return Parallel.hsdp if hosts > 1 else Parallel.fsdp
-
-
 def share(trained: Any, objective: Objective, ranks: Ranks, parallel: ParallelConfig) -> Shared:
     """Return how a training is shared; the weights are rank 0's from here on."""
     if not ranks.several:

@@ -9,7 +9,9 @@ from pipeline.config.settings.ranges import positive
 
 
 class Parallel(Enum):
-    """What each rank holds. `auto`: `ddp`."""
+    """What each rank holds. `auto`: the first of `ddp`, `hsdp` (several hosts) and `fsdp` in which
+    trainings fit their devices.
+    """
 
     auto = "auto"
     ddp = "ddp"  # the whole model; gradients are averaged
