@@ -39,7 +39,10 @@ SMALL = [
         "tracking.mlflow=false",
     ),
 ]
-LONG = [*SMALL, "training.steps=100000", "training.checkpoint_every=5"]
+LONG = [
+    *(*SMALL, "training.steps=100000", "training.checkpoint_every=5"),
+    "training.compile=never",  # which so many steps would be tried for
+]
 
 
 def wait_for_checkpoint(cwd: Path, process: Forked) -> None:
