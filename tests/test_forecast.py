@@ -24,6 +24,7 @@ from pipeline.config.settings.parallel import Parallel
 from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.run import Run
 from pipeline.config.settings.training import TrainingConfig
+from pipeline.forecast import speed
 from pipeline.forecast.memory import LEAST, MOST, Spread, remedies, training_memory
 from pipeline.forecast.past import FILE, Past, settings_key
 from pipeline.forecast.rates import added, expected
@@ -99,6 +100,22 @@ def test_parameters_are_those_of_the_model() -> None:
 def test_a_token_leaves_less_in_sixteen_bits() -> None:
     wide, narrow = (kept_bytes(LLAMA, LM, each, 128) for each in (Precision.fp32, Precision.bf16))
     assert 0.4 * wide < narrow < 0.9 * wide
+
+
+@pytest.mark.parametrize(("rate", "largest"), [(1e8, 128), (1e9, 256), (1e14, 4096)])
+def test_a_device_is_not_kept_busy_to_find_out_how_slow_it_is(
+    rate: float, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product of 16 bits may be computed without units for them: 4096 wide it took minutes."""
+    sides: list[int] = []
+
+    def product(matrix: torch.Tensor, _: Any) -> float:
+        sides.append(len(matrix))
+        return 2.0 * len(matrix) ** 3 / rate
+
+    monkeypatch.setattr(speed, "_of_product", product)
+    assert speed.device_rate.__wrapped__(torch.device("meta")) == pytest.approx(rate)
+    assert sides[-1] == largest
 
 
 # -- memory ---------------------------------------------------------------------------------------
