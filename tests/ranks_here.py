@@ -9,6 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import forked
+from forked import Forked
 
 PROJECT = Path(__file__).parent.parent
 
@@ -74,4 +78,27 @@ def ended(
     finally:
         for process in processes:
             process.kill()
+    return found
+
+
+def forked_ranks(
+    cwd: Path, *args: str, code: str | None = None, size: int = 2, timeout: float = 200
+) -> list[tuple[int, str, str]]:
+    """Return how each rank of a command ended that begins where imports have ended
+    (`tests/forked.py`).
+    """
+    port = free_port()
+    ranks: list[Forked] = []
+    for rank in range(size):
+        with patch.dict(os.environ, rank_environment(rank, size, port)):
+            ranks.append(forked.start(cwd, *args, code=code))
+    found: list[tuple[int, str, str]] = []
+    try:
+        for rank in ranks:
+            output, errors = rank.communicate(timeout)
+            assert rank.returncode is not None
+            found.append((rank.returncode, output, errors))
+    finally:
+        for rank in ranks:
+            rank.kill()
     return found

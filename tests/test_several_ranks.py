@@ -429,6 +429,7 @@ def test_a_run_by_two_ranks_is_booked_once(mode: str, tmp_path: Path) -> None:
     for each in ledger["ranks"]:  # each by its own clock, in the same window
         assert 0 < each["phases_ns"]["forward"] <= sum(each["phases_ns"].values())
         assert sum(each["phases_ns"].values()) <= ledger["device_hours"]["work"]["value"] * 3.6e12
+    assert "assess_ranks" not in ledger  # 20 documents are two batches for one rank alone
     seconds = sum(ledger["phases_ns"].values()) / 1e9
     assert ledger["device_hours"]["attached"]["value"] * 3600 == pytest.approx(seconds)
     alone = tmp_path / "alone"

@@ -62,7 +62,8 @@ class Spent:
         alone_ns: Those of them in which one device worked, and all others of the attempt waited.
         others_ns: What other devices did meanwhile, where each told it: their self times together.
         told_ns: Those of `phases_ns` that stand beside them.
-        ranks: What each rank told, for readers.
+        ranks: What each rank told of the work, for readers.
+        assess_ranks: What each told of the assessment.
     """
 
     work_ns: int = 0
@@ -74,6 +75,7 @@ class Spent:
     others_ns: dict[str, float] = field(default_factory=dict)
     told_ns: dict[str, int] = field(default_factory=dict)
     ranks: list[RankTime] = field(default_factory=list)
+    assess_ranks: list[RankTime] = field(default_factory=list)
 
     def add_told(self, phases_ns: Mapping[str, int], others: Sequence[Mapping[str, float]]) -> None:
         """Add the self times of a window in which every device told its own.
@@ -211,6 +213,8 @@ def ledger(
     }
     if spent.ranks:
         record["ranks"] = spent.ranks
+    if spent.assess_ranks:
+        record["assess_ranks"] = spent.assess_ranks
     found = problems(record)
     return {
         **record,

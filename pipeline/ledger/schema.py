@@ -100,7 +100,7 @@ RANK_TIME: Schema = {
         "local_ns": {"type": "integer", "minimum": 0},
     },
 }
-"""What a rank did in a stage that all work on."""
+"""What a rank did in work, or an assessment, that all share."""
 _QUALITY_NAMES = {"anyOf": [{"enum": list(QUALITY_KEYS)}, {"pattern": TASK_KEY}]}
 _COST = _values("amount", extra={"currency": {"type": ["string", "null"]}})
 # a run of an older release has none
@@ -149,6 +149,7 @@ _LEDGER: Schema = {
     "properties": {
         "conditions": _CONDITIONS,
         "ranks": {"type": "array", "items": RANK_TIME},
+        "assess_ranks": {"type": "array", "items": RANK_TIME},
         "gpu_timeline": _values(
             *TRACED,
             extra={

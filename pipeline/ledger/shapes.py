@@ -169,8 +169,8 @@ class GpuTimelineRecord(TypedDict):
 
 
 class RankTime(TypedDict):
-    """What a rank did in a stage that all work on: self times by phase, and what of them no
-    collective can be in, by which ranks are compared.
+    """What a rank did in work, or an assessment, that all share: self times by phase, and what of
+    them no collective can be in, by which ranks are compared.
     """
 
     rank: int
@@ -193,6 +193,7 @@ class Measurements(TypedDict):
     conditions: Conditions
     gpu_timeline: NotRequired[GpuTimelineRecord]
     ranks: NotRequired[list[RankTime]]
+    assess_ranks: NotRequired[list[RankTime]]
 
 
 class Checked(Measurements):

@@ -19,6 +19,7 @@ from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.peaks import device_name
 from pipeline.ledger.records import ASSESSED, MAX_BYTES
 from pipeline.ledger.shapes import Assessed, AssessedFacts, KnownQuality, Made, Quality, Row
+from pipeline.runs.following import Scorers, Scoring
 from pipeline.runs.keys import assessment_key, evaluation_key, quantized_by
 from pipeline.runs.out_of_memory import failing_as
 from pipeline.runs.rows import broken_row, made_row, moved, reused_work
@@ -150,7 +151,7 @@ class Assessor:
                 failing_as(self.running, name, "assess", stage),
                 stage.refusals(f"stages.{name}"),
             ):
-                quality = self._quality(name, artifact, items)
+                quality = self._quality(name, artifact, items, window)
                 checked = self._check_vllm(name, artifact)
                 device_of(session.device).synchronise()
         except BaseException as error:
@@ -176,8 +177,12 @@ class Assessor:
         session.store.annotate(artifact, "assessed", self._assessed(quality))
         return record
 
-    def _quality(self, name: str, artifact: Artifact, items: Path) -> Quality:
+    def _quality(self, name: str, artifact: Artifact, items: Path, window: OpenWindow) -> Quality:
+        """Score an artifact, with the other ranks where that is worth it; what each took is left
+        on the window.
+        """
         from pipeline.evaluation.quality.assess import assess_quality
+        from pipeline.evaluation.quality.parts import is_worth_sharing
         from pipeline.evaluation.quality.recorded import take_recorded, write_identity
 
         session = self.running.session
@@ -186,9 +191,14 @@ class Assessor:
             return take_recorded(recorded, items, run.task, run.quality, ITEMS[name])
         teacher, unquantized = self._teacher(name), self._unquantized(name)
         taught_by = None if teacher is None else self.running.book.arms[teacher, self.seed].items
+        documents, scorers = session.data.splits["test"], None
+        if is_worth_sharing(len(documents), run.quality, session.ranks.size):
+            against = None if unquantized is None else unquantized.path
+            scorers = Scorers(session.ranks, session.clock)
+            session.ranks.told(Scoring(artifact.path, against))
         quality = assess_quality(
             artifact.path,
-            documents=session.data.splits["test"],
+            documents=documents,
             task=run.task,
             labels=session.data.labels,
             config=run.quality,
@@ -201,7 +211,9 @@ class Assessor:
             seed=self.seed,
             clock=session.clock,
             unquantized=None if unquantized is None else unquantized.path,
+            scorers=scorers,
         )
+        window.ranks = [] if scorers is None else scorers.times
         write_identity(
             items,
             data=session.data.digest,

@@ -1,5 +1,5 @@
 """What ranks other than the first do: they wait for what the first one tells them, and do their
-share of the stages that are split.
+share of the stages that are split, and of scoring.
 
 They write nothing but their shards of a teacher's cache: no journal, no checkpoint, no artifact, no
 line. What they would leave in a stage's folder is thrown away. A rank that fails by itself says why
@@ -16,13 +16,13 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.config.settings.run import Run
+from pipeline.config.settings.run import Run, scored_length
 from pipeline.data.load import load_dataset
 from pipeline.errors import (
     BudgetSpent,
@@ -52,7 +52,7 @@ from pipeline.training.ranks import ALONE, RankLost, Ranks, join, place_in
 if TYPE_CHECKING:
     from pipeline.data.documents import Dataset
 
-
+Thing = TypeVar("Thing")
 SAME = {"settings": "command", "code": "checkout", "libraries": "environment"}
 """What ranks have to have alike, and where it comes from."""
 SEEN_WITHIN_S = 20.0  # a file of another host; NFS keeps the names in a folder for so long
@@ -74,6 +74,19 @@ class Share:
     like: OutputRecord | None
     matched_flops: float | None
     checkpoints: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """An artifact that all ranks score, each its part of the test documents.
+
+    Attributes:
+        folder: Of the artifact; all see it.
+        unquantized: Of the model that it was quantized from.
+    """
+
+    folder: Path
+    unquantized: Path | None
 
 
 @contextmanager
@@ -228,13 +241,50 @@ def told_times(ranks: Ranks, run: Run, phases_ns: dict[str, int]) -> list[RankTi
         phases_ns: This rank's self times in it.
     """
     names = [*WITHOUT_COLLECTIVES, *([] if run.parallel.mode.shards else ["forward"])]
+    return _times(ranks, phases_ns, names)
+
+
+def _times(ranks: Ranks, phases_ns: dict[str, int], local: Sequence[str]) -> list[RankTime]:
+    """Return what each rank did, by rank; `local` are the phases that no collective can be in."""
     own: RankTime = {
         "rank": ranks.rank,
         "host": socket.gethostname(),
         "phases_ns": phases_ns,
-        "local_ns": sum(phases_ns.get(name, 0) for name in names),
+        "local_ns": sum(phases_ns.get(name, 0) for name in local),
     }
     return ranks.gathered(own)
+
+
+@dataclass(slots=True)
+class Scorers:
+    """The ranks that score an artifact together.
+
+    Attributes:
+        times: What each did until all scores were there.
+    """
+
+    ranks: Ranks
+    clock: PhaseClock
+    times: list[RankTime] = field(default_factory=list[RankTime])
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.ranks.rank
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return self.ranks.size
+
+    def shared(self, work: Callable[[], Thing]) -> list[Thing]:
+        """Return what the work of every rank gives, by rank, as `Ranks.shared` does."""
+        before = self.clock.mark()[1]
+        with self.clock.phase("comm_wait"):  # less what the work's own phases take
+            found = self.ranks.shared(work)
+        # At once: what follows is the first rank's, and the others wait no longer.
+        self.times = _times(self.ranks, difference(self.clock.mark()[1], before), ("eval",))
+        return found
 
 
 def straggler(times: list[RankTime]) -> str | None:
@@ -273,7 +323,10 @@ def follow(run: Run, ranks: Ranks, clock: PhaseClock) -> int:
                 if task is None:
                     return Exit.DONE
                 with _as_the_first_one_sees_it():
-                    _work(task, run, ranks, device, data, clock, signals)
+                    if isinstance(task, Scoring):
+                        _score(task, run, ranks, device, data, clock)
+                    else:
+                        _work(task, run, ranks, device, data, clock, signals)
         except RankLost as lost:  # the first one has ended, or another rank failed and said why
             code = lost.code
         # The outermost frame: whatever it was, the others must not wait for this rank.
@@ -302,6 +355,25 @@ def _wait_for_the_end(ranks: Ranks) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ranks.leave()  # who waits for this one in a step finds out
     ranks.await_the_end()
+
+
+def _score(
+    task: Scoring, run: Run, ranks: Ranks, device: Any, data: Dataset, clock: PhaseClock
+) -> None:
+    from pipeline.evaluation.quality.assess import score_folder
+
+    score_folder(
+        task.folder,
+        documents=data.splits["test"],
+        task=run.task,
+        labels=data.labels,
+        config=run.quality,
+        sequence_length=scored_length(run),
+        device=device,
+        clock=clock,
+        unquantized=task.unquantized,
+        scorers=Scorers(ranks, clock),
+    )
 
 
 def _work(

@@ -140,7 +140,7 @@ def by_first(run: Run, stage: Stage) -> Callable[[str], bool]:
 
 
 def by_first_alone(_: str) -> bool:
-    """Tell so of every phase of an assessment."""
+    """Tell so of every phase of an assessment that is not shared."""
     return True
 
 
@@ -155,14 +155,33 @@ def made_spent(session: Session, stage: Stage, made: Made) -> Spent:
 
 
 def _add_work(spent: Spent, session: Session, stage: Stage, made: Made) -> None:
-    """Add what the work on an artifact took: on each device, where ranks told it."""
+    """Add what the work on an artifact took."""
     spent.work_ns = made["work_ns"]
     spent.ranks = made.get("ranks", [])
-    others = _of_other_devices(spent.ranks, on_hosts=session.device.type == "cpu")
+    _add_window(spent, session, made["phases_ns"], spent.ranks, by_first(session.run, stage))
+
+
+def _add_assessment(spent: Spent, session: Session, window: OpenWindow) -> None:
+    """Add the phases of an assessment."""
+    spent.assess_ranks = window.ranks
+    _add_window(spent, session, window.phases_ns, window.ranks, by_first_alone)
+
+
+def _add_window(
+    spent: Spent,
+    session: Session,
+    phases_ns: dict[str, int],
+    ranks: list[RankTime],
+    alone: Callable[[str], bool],
+) -> None:
+    """Add the phases of a window: by device, where ranks told them; else those in which one device
+    works `alone` are waited for by the others.
+    """
+    others = _of_other_devices(ranks, on_hosts=session.device.type == "cpu")
     if len(others) == session.devices - 1 > 0:
-        spent.add_told(made["phases_ns"], others)
+        spent.add_told(phases_ns, others)
     else:
-        spent.add_phases(made["phases_ns"], by_first(session.run, stage))
+        spent.add_phases(phases_ns, alone)
 
 
 def _of_other_devices(ranks: list[RankTime], *, on_hosts: bool) -> list[dict[str, float]]:
@@ -206,7 +225,7 @@ def made_row(
     spent = made_spent(session, stage, made)
     if assess is not None:
         spent.assess_ns = assess.elapsed_ns
-        spent.add_phases(assess.phases_ns, by_first_alone)
+        _add_assessment(spent, session, assess)
     # Peaks are of a process: those of another one stand on its own row.
     memory = memory_of(made) if is_of_this_attempt(session, made) else unread(ELSEWHERE)
     read = Read(memory, timeline.usage(name, seed), timeline.disturbance(name, seed))
@@ -275,7 +294,8 @@ def broken_row(
     kept = isinstance(error, Preempted | BudgetSpent)
     if window is not None and kept:  # a checkpoint is on disk: the next attempt resumes from it
         spent.work_ns += window.elapsed_ns
-        spent.add_phases(window.phases_ns, alone)
+        spent.assess_ranks = window.ranks
+        _add_window(spent, session, window.phases_ns, window.ranks, alone)
     elif window is not None:
         spent.lost_ns = window.elapsed_ns
         # the last checkpoint is there to resume from

@@ -19,7 +19,7 @@ from pipeline.ledger.disturbance import Disturbance, of_device, of_host
 from pipeline.ledger.gpu_usage import Usage
 from pipeline.ledger.others import Accounts, Load
 from pipeline.ledger.phases import difference, total
-from pipeline.ledger.shapes import HistoryEntry
+from pipeline.ledger.shapes import HistoryEntry, RankTime
 from pipeline.runs.session import Session
 from pipeline.store.artifacts import plain
 
@@ -28,12 +28,15 @@ Kind = Literal["work", "assess", "compare"]
 
 @dataclass(slots=True)
 class OpenWindow:
-    """A window being measured; `elapsed_ns` and `phases_ns` are there once it is closed."""
+    """A window being measured; `elapsed_ns` and `phases_ns` are there once it is closed, `ranks`
+    where several did what it is for and told of it.
+    """
 
     start_ns: int
     before: dict[str, int]
     elapsed_ns: int = 0
     phases_ns: dict[str, int] = field(default_factory=dict)
+    ranks: list[RankTime] = field(default_factory=list)
 
 
 @dataclass(slots=True)

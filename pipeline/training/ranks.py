@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -194,8 +194,8 @@ class Ranks:
         self.largest(0)
 
     def assemble(self) -> None:
-        """Wait until all are ready for a training: one may read its model for longer than steps
-        are waited for.
+        """Wait until all are ready for what they do at once: one may read its model for longer
+        than steps are waited for.
 
         Raises:
             RankLost: If one has failed, or is not ready within `parallel.rendezvous_seconds`.
@@ -209,8 +209,38 @@ class Ranks:
         while self.is_first and not self.meeting.all_left(names, READY_ASKED_S):
             if self.meeting.get(FAILED) is not None or time.monotonic() > until:
                 waited = f"{self.meeting.within_s:.0f} s (parallel.rendezvous_seconds)"
-                raise self.lost(RuntimeError(f"not all came to a training within {waited}"))
+                raise self.lost(RuntimeError(f"not all came to what they share within {waited}"))
         self.told()
+
+    def shared(self, work: Callable[[], Thing]) -> list[Thing]:
+        """Return what the work of every rank gives, by rank, once all are through with theirs.
+
+        What fails on one fails on all: no rank waits for what another one will not give.
+
+        Raises:
+            UserError, StageFailed: Where a rank refuses or fails in this way.
+            RankLost: Where a rank other than the first fails in any other way; there, its own.
+        """
+        if not self.several:
+            return [work()]
+        done: Any = None
+        error: Exception | None = None
+        try:
+            done = work()
+        except DeviceLost:
+            raise
+        # What a library raises may be a refusal: the first rank's caller knows.
+        except Exception as failed:  # noqa: BLE001
+            error = failed
+        self.assemble()
+        found = self.gathered((done, None if error is None else _as_told(error, self.rank)))
+        first = found[0][1]
+        if error is not None and (self.is_first or first is None):
+            raise error
+        for _, said in found:
+            if said is not None:
+                raise said
+        return [given for given, _ in found]
 
     # -- what rank 0 tells ------------------------------------------------------------------------
 
@@ -321,6 +351,18 @@ STOPS: tuple[type[Exception] | None, ...] = (None, Preempted, BudgetSpent)
 
 def _parted(rank: int) -> str:
     return f"parted/{rank}"
+
+
+def _as_told(error: Exception, rank: int) -> Exception:
+    """Return what the other ranks raise where one has failed: the run goes on without what the
+    first one refuses, and ends where another rank fails by itself.
+    """
+    if isinstance(error, UserError):
+        return UserError(error.key, f"{error.problem} (rank {rank})", error.remedy)
+    if isinstance(error, StageFailed):
+        return StageFailed(f"rank {rank}: {error}")
+    said = f"rank {rank} failed: {type(error).__name__}: {one_line(error, 160)}"
+    return StageFailed(said) if rank == 0 else RankLost(said)
 
 
 def agreed_stop(stop: type[Exception] | None, ranks: Ranks) -> type[Exception] | None:

@@ -13,6 +13,7 @@ import os
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -26,6 +27,14 @@ from pipeline.data.documents import Document
 from pipeline.data.encode import Encoded, encode_all
 from pipeline.data.padding import Padding
 from pipeline.errors import StageFailed, UserError
+from pipeline.evaluation.quality.parts import (
+    Scores,
+    Sharing,
+    even_parts,
+    example_rows,
+    language_rows,
+    put_together,
+)
 from pipeline.evaluation.quality.scoring import score_causal, score_examples
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.metrics import PRIMARY, TASK
@@ -63,6 +72,7 @@ def assess_quality(
     seed: int,
     clock: PhaseClock,
     unquantized: Path | None = None,
+    scorers: Sharing | None = None,
 ) -> Quality:
     """Score the artifact in `folder` on test documents.
 
@@ -83,6 +93,8 @@ def assess_quality(
         clock: Books model_load, prepare and eval.
         unquantized: The folder of the model that this one was quantized from, which it is to stay
             close to.
+        scorers: The ranks that score it together: the others call `score_folder`. None: this
+            process alone.
 
     Returns:
         By quality key: a value with its interval `ci`, its number of documents `n`, and the path of
@@ -94,26 +106,20 @@ def assess_quality(
         StageFailed: If an output is not finite: nothing that can be read as a model is in the
             folder.
     """
-    with clock.phase("model_load"):
-        model, tokenizer = _as_stored(folder, task, device, labels), load_tokenizer(folder)
-        other = None if unquantized is None else _as_stored(unquantized, task, device, labels)
-    with clock.phase("prepare"):
-        chosen = choose_documents(documents, config.max_documents)
-        length = example_length(model.config, task, sequence_length)
-        encoded = _scorable(
-            encode_all(
-                chosen, tokenizer, task, max_length=length, max_bytes=config.max_bytes_per_document
-            ),
-            task,
-        )
+    loaded, scores = score_folder(
+        folder,
+        documents=documents,
+        task=task,
+        labels=labels,
+        config=config,
+        sequence_length=sequence_length,
+        device=device,
+        clock=clock,
+        unquantized=unquantized,
+        scorers=scorers,
+    )
+    model, tokenizer, encoded = loaded.model, loaded.tokenizer, loaded.encoded
     with clock.phase("eval"):
-        more: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "other": other}
-        padding = Padding.of(tokenizer, model, task)
-        if task.kind.is_language:
-            more |= {"stride": config.stride, "pad_id": padding.token}
-            scores = score_causal(model, encoded, sequence_length=sequence_length, **more)
-        else:
-            scores = score_examples(model, encoded, task, padding=padding, **more)
         predictions = scores.predictions
         arrays = {"digest": scores.digest, **scores.columns, **_groups(encoded)}
         # Before anything is written: NaN outputs are no assessment.
@@ -131,7 +137,7 @@ def assess_quality(
         _write_predictions(items.with_name(f"{items.stem}.predictions.npy"), predictions)
         write_items(items, arrays)
         figures = figures_of(task, arrays, resamples=config.bootstrap, seed=seed)
-        figures |= read_shares(task, encoded, len(chosen), len(documents))
+        figures |= read_shares(task, encoded, loaded.num_chosen, len(documents))
     if isinstance(agreement, str):
         figures["teacher_agreement"] = null(agreement), None
     num_documents, groups = len(arrays["digest"]), num_groups(group_codes(arrays))
@@ -146,6 +152,90 @@ def assess_quality(
                 lambda why: _no_tasks(config, items, why),
             )
     return entries
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An artifact in memory, and the documents it is scored on.
+
+    Attributes:
+        other: The model that it was quantized from; None where it is read against none.
+        encoded: What is scored.
+        num_chosen: Documents that were chosen; some may hold nothing to score.
+    """
+
+    model: Any
+    other: Any
+    tokenizer: Any
+    encoded: list[Encoded]
+    num_chosen: int
+
+
+def score_folder(
+    folder: Path,
+    *,
+    documents: Sequence[Document],
+    task: Task,
+    labels: tuple[str, ...] | None,
+    config: QualityConfig,
+    sequence_length: int,
+    device: torch.device | str,
+    clock: PhaseClock,
+    unquantized: Path | None,
+    scorers: Sharing | None,
+) -> tuple[Loaded, Scores]:
+    """Return the artifact in `folder`, and the scores of all documents; arguments are those of
+    `assess_quality`. Of several ranks each scores its part, and all have the scores of all.
+
+    Raises:
+        UserError: If model and data do not fit, or no document holds anything to score.
+    """
+
+    def load() -> Loaded:
+        with clock.phase("model_load"):
+            model, tokenizer = _as_stored(folder, task, device, labels), load_tokenizer(folder)
+            other = None if unquantized is None else _as_stored(unquantized, task, device, labels)
+        with clock.phase("prepare"):
+            chosen = choose_documents(documents, config.max_documents)
+            length = example_length(model.config, task, sequence_length)
+            encoded = encode_all(
+                chosen, tokenizer, task, max_length=length, max_bytes=config.max_bytes_per_document
+            )
+            return Loaded(model, other, tokenizer, _scorable(encoded, task), len(chosen))
+
+    def score(loaded: Loaded, encoded: Sequence[Encoded]) -> Scores:
+        model, padding = loaded.model, Padding.of(loaded.tokenizer, loaded.model, task)
+        more: dict[str, Any] = {"batch_size": config.batch_size, "device": device}
+        more["other"] = loaded.other
+        with clock.phase("eval"):
+            if not task.kind.is_language:
+                return score_examples(model, encoded, task, padding=padding, **more)
+            more |= {"stride": config.stride, "pad_id": padding.token}
+            return score_causal(model, encoded, sequence_length=sequence_length, **more)
+
+    if scorers is None:
+        loaded = load()
+        return loaded, score(loaded, loaded.encoded)
+    kept: list[tuple[Loaded, list[np.ndarray]]] = []
+
+    def own_part() -> Scores:
+        loaded = load()
+        with clock.phase("prepare"):
+            rows, tokens = (
+                language_rows(loaded.encoded, sequence_length, config.stride)
+                if task.kind.is_language
+                else example_rows(loaded.encoded)
+            )
+            parts = even_parts(rows, tokens, scorers.size)
+            is_own = np.isin(rows, parts[scorers.rank])
+        kept.append((loaded, parts))
+        return score(
+            loaded, [each for each, own in zip(loaded.encoded, is_own, strict=True) if own]
+        )
+
+    found = scorers.shared(own_part)
+    [(loaded, parts)] = kept
+    return loaded, put_together(parts, found)
 
 
 def _of_tasks(model: Any, tokenizer: Any, config: QualityConfig, items: Path, seed: int) -> Quality:

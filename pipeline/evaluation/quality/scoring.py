@@ -256,7 +256,7 @@ def score_causal(
             places = np.concatenate([window.places for window in batch])
             for name, values in _score_windows(model, batch, device, pad_id, other).items():
                 columns[name][places] = values
-    number = _numbers(encoded)  # of the document that each is of
+    number = document_numbers(encoded)  # of the document that each is of
     owner = np.repeat(number, scored)  # document of every scored token
     is_end = np.concatenate([np.zeros(0, dtype=bool), *map(_scored_ends, encoded)])
     size = int(number[-1]) + 1 if len(number) else 0
@@ -281,7 +281,7 @@ def score_causal(
     )
 
 
-def _numbers(encoded: Sequence[Scorable]) -> np.ndarray:
+def document_numbers(encoded: Sequence[Scorable]) -> np.ndarray:
     """Return the number of the document that each is of, int64 (E,): neighbours of one digest are
     of one document.
     """
