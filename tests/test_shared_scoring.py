@@ -1,5 +1,5 @@
-"""Scoring by several ranks: the scores are those of one process, each device's hours are its own,
-and what fails on one rank ends all.
+"""Scoring and smoothing by several ranks: what is found is what one process finds, each device's
+hours are its own, and what fails on one rank ends all.
 """
 
 from __future__ import annotations
@@ -192,6 +192,26 @@ def test_what_fails_on_one_rank_fails_on_all(
     assert found[case] == [first, other]
 
 
+def test_two_ranks_smooth_as_one_process_does(found: dict[str, Any]) -> None:
+    """Each looks at its part of seven documents; a maximum of maxima is exact."""
+    assert found["smoothed"] < 1e-6
+
+
+def test_what_the_first_rank_refuses_before_it_looks_is_no_wait_for_others(
+    found: dict[str, Any],
+) -> None:
+    refused = "UserError: stages.small.format: not here; another"
+    said = "UserError: stages.small.format: not here (rank 0); another"
+    assert found["refused before"] == [refused, said]
+
+
+def test_ranks_leave_their_times_and_wait_not_for_the_first(found: dict[str, Any]) -> None:
+    assert found["times left"] == [
+        "rank 1: the loss is no number",
+        [{"forward": 20}, {"forward": 21}],
+    ]
+
+
 # -- a run ----------------------------------------------------------------------------------------
 
 SMALL = [
@@ -271,3 +291,36 @@ def test_a_rank_that_fails_alone_ends_all_in_one_line(root: Path) -> None:
 def said(errors: str) -> list[str]:
     """Return what a rank said itself: torch's own lines begin with a bracket."""
     return [line for line in errors.splitlines() if not line.startswith("[")]
+
+
+@pytest.mark.slow
+def test_a_smoothed_model_of_two_ranks_is_that_of_one(tmp_path: Path) -> None:
+    """A whole run of each: the model that both start from is the same, as nothing trains it."""
+    recipe = """
+defaults:
+  - /stage@stages.reference: train
+  - /stage@stages.small: quantize
+stages:
+  reference: {model: base, steps: 0}
+  small: {model: reference, format: int8_dynamic, smoothing: 0.5, calibration_documents: 9}
+primary_arm: small
+allow_no_speedup: true
+compare:
+  - {arm: small, base: reference, on: [quality]}
+"""
+    made: list[Any] = []
+    for size in (1, 2):
+        root = tmp_path / str(size)
+        (root / "own").mkdir(parents=True)
+        (root / "own/smoothing.yaml").write_text(recipe)
+        settings = ["--recipe-dir", "own", "recipe=smoothing", *SMALL[1:]]
+        for code, output, errors in forked_ranks(root, *settings, code=TWO_HOSTS + RUN, size=size):
+            assert code == 0, output + errors
+        result = result_in(root)
+        assert "please report" not in json.dumps(result)
+        made += [row for row in result["rows"] if row["arm"] == "small"]
+    alone, ours = made
+    assert ours["artifact"]["digest"] == alone["artifact"]["digest"]
+    assert [each["phases_ns"]["calibrate"] > 0 for each in ours["ledger"]["ranks"]] == [True, True]
+    value = lambda row: row["quality"]["bits_per_byte"]["value"]
+    assert value(ours) == pytest.approx(value(alone), rel=1e-5)

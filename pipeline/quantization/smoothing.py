@@ -10,7 +10,7 @@ Source: Xiao et al. 2022, arXiv 2211.10438, sections 4 and 4.1 (a = 0.5).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,18 @@ def _at(module: Any, path: str) -> Any | None:
     return module
 
 
-def smooth(model: Any, batches: Sequence[torch.Tensor], *, strength: float, key: str) -> list[str]:
+Largest = dict[str, "torch.Tensor"]
+"""max|X_j| (H,) of what the layers of each pair read, by the pair's name, on the host."""
+
+
+def smooth(
+    model: Any,
+    batches: Sequence[torch.Tensor],
+    *,
+    strength: float,
+    key: str,
+    everywhere: Callable[[Callable[[], Largest]], list[Largest]] = lambda look: [look()],
+) -> list[str]:
     """Smooth `model` in place; return the names of the norms that were smoothed.
 
     Args:
@@ -87,6 +98,8 @@ def smooth(model: Any, batches: Sequence[torch.Tensor], *, strength: float, key:
         batches: Token ids of calibration documents, (1, T) each, on the model's device.
         strength: The exponent a: 0 leaves activations as they are, 1 makes all their channels
             equal.
+        everywhere: Looks at the activations, and returns what was found here and by whoever looks
+            at other documents meanwhile.
 
     Raises:
         UserError: If no layer is known to read a norm alone.
@@ -97,9 +110,10 @@ def smooth(model: Any, batches: Sequence[torch.Tensor], *, strength: float, key:
     pairs = check_smoothable(model, key)
     with torch.no_grad():
         before = model(input_ids=batches[0]).logits
-        largest = _largest_inputs(model, pairs, batches)
+        found = everywhere(lambda: _largest_inputs(model, pairs, batches))
         for pair in pairs:
-            _move(pair, largest[pair.name], strength)
+            largest = torch.stack([each[pair.name] for each in found]).amax(0)
+            _move(pair, largest.to(pair.norm.weight.device), strength)
         after = model(input_ids=batches[0]).logits
     apart = float((after - before).abs().max() / before.abs().max())
     if not apart <= SAME_WITHIN:
@@ -110,15 +124,24 @@ def smooth(model: Any, batches: Sequence[torch.Tensor], *, strength: float, key:
     return [pair.name for pair in pairs]
 
 
-def _largest_inputs(
-    model: Any, pairs: Sequence[Pair], batches: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return max|X_j| (H,) of what the layers of each pair read, over all batches."""
-    seen: dict[str, torch.Tensor] = {}
+def largest_inputs(model: Any, batches: Sequence[torch.Tensor], *, key: str) -> Largest:
+    """Return what `smooth` looks at, for whoever smooths this model.
+
+    Raises:
+        UserError: If no layer is known to read a norm alone.
+    """
+    import torch
+
+    with torch.no_grad():
+        return _largest_inputs(model, check_smoothable(model, key), batches)
+
+
+def _largest_inputs(model: Any, pairs: Sequence[Pair], batches: Sequence[torch.Tensor]) -> Largest:
+    seen: Largest = {}
     with _watched(pairs, seen):
         for ids in batches:
             model(input_ids=ids)
-    return seen
+    return {name: values.cpu() for name, values in seen.items()}
 
 
 @contextmanager

@@ -47,7 +47,7 @@ from pipeline.stages.context import Context, Output
 from pipeline.store.artifacts import Artifact, key_of, plain
 from pipeline.store.locks import REMEDY, is_held
 from pipeline.training.meeting import ranks_named
-from pipeline.training.ranks import ALONE, RankLost, Ranks, join, place_in
+from pipeline.training.ranks import ALONE, RankLost, Ranks, as_told, join, place_in
 
 if TYPE_CHECKING:
     from pipeline.data.documents import Dataset
@@ -65,6 +65,7 @@ class Share:
     Attributes:
         stage: Its settings.
         checkpoints: Where the first rank keeps them; all see it.
+        number: That no other one has.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Share:
     like: OutputRecord | None
     matched_flops: float | None
     checkpoints: Path
+    number: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,25 +236,36 @@ WITHOUT_COLLECTIVES = ("data_wait", "h2d", "optimizer")
 passes gather shares of weights, or send gradients."""
 
 
-def told_times(ranks: Ranks, run: Run, phases_ns: dict[str, int]) -> list[RankTime]:
-    """Return what each rank did in a stage, by rank; all call it once they are through.
+def told_times(
+    ranks: Ranks, run: Run, share: Share, done: dict[str, int] | Exception
+) -> list[RankTime]:
+    """Return, of the first rank, what each did in a stage, by rank. The others leave it there: the
+    first one may go on with a stage alone, and fail in it.
 
     Args:
-        phases_ns: This rank's self times in it.
+        done: This rank's self times in it, or what failed here.
+
+    Raises:
+        UserError, StageFailed: If another rank failed.
     """
     names = [*WITHOUT_COLLECTIVES, *([] if run.parallel.mode.shards else ["forward"])]
-    return _times(ranks, phases_ns, names)
+    own = as_told(done, ranks.rank) if isinstance(done, Exception) else _time(ranks, done, names)
+    times: list[RankTime] = []
+    for each in ranks.left(f"times/{share.number}", own):
+        if isinstance(each, Exception):
+            raise each
+        times.append(each)
+    return times
 
 
-def _times(ranks: Ranks, phases_ns: dict[str, int], local: Sequence[str]) -> list[RankTime]:
-    """Return what each rank did, by rank; `local` are the phases that no collective can be in."""
-    own: RankTime = {
+def _time(ranks: Ranks, phases_ns: dict[str, int], local: Sequence[str]) -> RankTime:
+    """Return what a rank did; `local` are the phases that no collective can be in."""
+    return {
         "rank": ranks.rank,
         "host": socket.gethostname(),
         "phases_ns": phases_ns,
         "local_ns": sum(phases_ns.get(name, 0) for name in local),
     }
-    return ranks.gathered(own)
 
 
 @dataclass(slots=True)
@@ -283,7 +296,8 @@ class Scorers:
         with self.clock.phase("comm_wait"):  # less what the work's own phases take
             found = self.ranks.shared(work)
         # At once: what follows is the first rank's, and the others wait no longer.
-        self.times = _times(self.ranks, difference(self.clock.mark()[1], before), ("eval",))
+        own_ns = difference(self.clock.mark()[1], before)
+        self.times = self.ranks.gathered(_time(self.ranks, own_ns, ("eval",)))
         return found
 
 
@@ -407,5 +421,10 @@ def _work(
             ranks=ranks,
         )
         before = clock.mark()[1]
-        task.stage.run(task.inputs, context)
-        told_times(ranks, run, difference(clock.mark()[1], before))
+        try:
+            task.stage.run(task.inputs, context)
+        except (UserError, StageFailed) as error:
+            if not isinstance(error, DeviceLost):
+                told_times(ranks, run, task, error)  # the first one may know nothing of it
+            raise
+        told_times(ranks, run, task, difference(clock.mark()[1], before))

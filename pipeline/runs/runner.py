@@ -250,13 +250,14 @@ class StageRunner:
         with session.store.scratch() as out:
             context = self._context(name, stage, window, out, checkpoints)
             with failing_as(self.running, name, "work", stage):
+                share = share_of(name, stage, inputs, context)
                 if context.ranks.several:
-                    context.ranks.told(share_of(name, stage, inputs, context))
+                    context.ranks.told(share)
                 before, times = session.clock.mark()[1], list[RankTime]()
                 output = stage.run(inputs, context)
                 if context.ranks.several:
                     own = difference(session.clock.mark()[1], before)
-                    times = told_times(context.ranks, session.run, own)
+                    times = told_times(context.ranks, session.run, share, own)
             book.notes += output.notes
             slow = straggler(times)
             book.notes += [] if slow is None else [f"{name}: {slow}"]

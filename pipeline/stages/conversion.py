@@ -4,9 +4,10 @@ fallbacks share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, TypedDict
@@ -31,8 +32,11 @@ from pipeline.stages.base import (
 )
 from pipeline.stages.settings import check_classes
 from pipeline.store.artifacts import copy_model, plain
+from pipeline.training.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.data.documents import Document
     from pipeline.quantization.layers import Choice
     from pipeline.stages.context import Context, Output
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 
 NOTHING_HOLDS = "no fallback is within the tolerance"
 CALIBRATION_DOCUMENTS = 32
+LEAST_DOCUMENTS = 2  # of a rank: for less, each would load a model that it hardly uses
 
 
 @dataclass(kw_only=True, slots=True)
@@ -157,6 +162,10 @@ class Conversion(Stage):
                     f"has no effect with format: {self.format.value}, which takes the whole model"
                 )
                 raise UserError(f"{key}.{name}", problem, "leave it out")
+
+    def is_split(self, run: Run) -> bool:
+        """Return whether there are activations to look at: the other ranks do nothing else."""
+        return self.smoothing is not None
 
     def files(self) -> dict[str, str]:
         """Return that of the documents that smoothing looks at."""
@@ -296,7 +305,11 @@ class Conversion(Stage):
         return Choice(tuple(self.include), tuple(self.exclude), self.quantize_head)
 
     def run(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output:
-        """Quantize and leave the model in `ctx.out`."""
+        """Quantize and leave the model in `ctx.out`. Ranks other than the first look at activations
+        alone.
+        """
+        if not ctx.ranks.is_first:
+            return self._look(inputs[MODEL].path, ctx)
         if self.format is Format.auto:
             return self._search(inputs, ctx)
         return self.convert(inputs[MODEL].path, ctx, smoothed=self.smoothing is not None)
@@ -307,17 +320,29 @@ class Conversion(Stage):
         from pipeline.quantization.backend import quantize
         from pipeline.stages.context import Output
 
-        done = quantize(
-            source,
-            ctx.out,
-            self.format,
-            ctx.run.task,
-            device=ctx.device,
-            key=setting(ctx, "format"),
-            clock=ctx.clock,
-            choice=self.choice(),
-            prepare=(lambda model: self.smooth(model, source, ctx)) if smoothed else None,
-        )
+        looked = False
+
+        def smooth(model: Any) -> None:
+            nonlocal looked
+            looked = True
+            self.smooth(model, source, ctx)
+
+        try:
+            done = quantize(
+                source,
+                ctx.out,
+                self.format,
+                ctx.run.task,
+                device=ctx.device,
+                key=setting(ctx, "format"),
+                clock=ctx.clock,
+                choice=self.choice(),
+                prepare=smooth if smoothed else None,
+            )
+        except Exception as error:
+            if smoothed and not looked:  # the other ranks do, and wait for this one
+                self._sharing(ctx).shared(partial(_raise, error))
+            raise
         units = units_said(self.format, ctx.device) if self.format in SIXTEEN_BITS else ""
         notes = (f"{ctx.stage}: {done.say()}", *([f"{ctx.stage}: {units}"] if units else []))
         return Output(
@@ -422,28 +447,80 @@ class Conversion(Stage):
             found["digest"] = given
         return found
 
+    def _sharing(self, ctx: Context) -> Ranks:
+        """Return the ranks that look at activations: all, where each has documents enough."""
+        enough = self.calibration_documents >= LEAST_DOCUMENTS * ctx.ranks.size
+        return ctx.ranks if enough else ALONE
+
     def smooth(self, model: Any, source: Path, ctx: Context) -> None:
         """Move outliers of activations into the weights of `model`, in place; it looks at
-        calibration documents.
+        calibration documents. Of several ranks each looks at its part: all that share a stage call
+        this, or `_look`.
         """
+        from pipeline.quantization.smoothing import Largest, smooth
+
+        ids, ranks = self._own_ids(source, ctx), self._sharing(ctx)
+
+        def everywhere(look: Callable[[], Largest]) -> list[Largest]:
+            def timed() -> Largest:
+                with ctx.clock.phase("calibrate"):
+                    return look()
+
+            with ctx.clock.phase("comm_wait"):
+                return ranks.shared(timed)
+
+        with ctx.clock.phase("calibrate"):
+            smooth(
+                model,
+                ids,
+                strength=self.smoothing or 0.0,
+                key=setting(ctx, "smoothing"),
+                everywhere=everywhere,
+            )
+
+    def _look(self, source: Path, ctx: Context) -> Output:
+        """Give the first rank what it smooths by, of this rank's part of the documents."""
+        from pipeline.models.load import load_model
+        from pipeline.quantization.smoothing import Largest, largest_inputs
+        from pipeline.stages.context import Output
+
+        def look() -> Largest:
+            with ctx.clock.phase("model_load"):
+                model = load_model(source, ctx.run.task, device=ctx.device)
+            ids = self._own_ids(source, ctx)
+            with ctx.clock.phase("calibrate"):
+                return largest_inputs(model, ids, key=setting(ctx, "smoothing"))
+
+        ranks = self._sharing(ctx)
+        if ranks.several:
+            with ctx.clock.phase("comm_wait"):
+                ranks.shared(look)
+        return Output()
+
+    def _own_ids(self, source: Path, ctx: Context) -> list[torch.Tensor]:
+        """Return this rank's calibration documents as token ids, (1, T) each, on the device."""
         import torch
 
         from pipeline.data.encode import encode_all
         from pipeline.models.load import example_length, load_config, load_tokenizer
-        from pipeline.quantization.smoothing import smooth
 
+        ranks = self._sharing(ctx)
         with ctx.clock.phase("prepare"):
             documents = self._looked_at(ctx)
             length = example_length(
                 load_config(source), ctx.run.task, ctx.run.training.sequence_length
             )
             encoded = encode_all(documents, load_tokenizer(source), ctx.run.task, max_length=length)
-            ids = [
+            # A file may hold fewer than there are ranks; to see one twice changes no maximum.
+            own = encoded[ranks.rank :: ranks.size] or encoded[:1]
+            return [
                 torch.from_numpy(each.input_ids[:length]).long()[None].to(ctx.device)
-                for each in encoded
+                for each in own
             ]
-        with ctx.clock.phase("calibrate"):
-            smooth(model, ids, strength=self.smoothing or 0.0, key=setting(ctx, "smoothing"))
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def setting(ctx: Context, name: str) -> str:

@@ -60,7 +60,7 @@ class Meeting:
             _within(ANSWER_S, lambda: self.store.set(name, text))
 
     def tell(self, name: str, thing: Any) -> None:
-        """Leave a thing for all others.
+        """Leave a thing for others.
 
         Raises:
             RuntimeError: If the store cannot be reached.
@@ -79,9 +79,20 @@ class Meeting:
         """
         self.await_first(name)
         try:
-            return pickle.loads(_within(ANSWER_S, lambda: self.store.get(name)))
-        except (RuntimeError, TimeoutError) as error:
+            return self.taken(name)
+        except RuntimeError as error:
             raise FirstGone(one_line(error, 120)) from error
+
+    def taken(self, name: str) -> Any:
+        """Return a thing that is there.
+
+        Raises:
+            RuntimeError: If the store cannot be reached.
+        """
+        try:
+            return pickle.loads(_within(ANSWER_S, lambda: self.store.get(name)))
+        except TimeoutError as error:
+            raise RuntimeError(str(error)) from error
 
     def get(self, name: str) -> str | None:
         """Return a text that was left; None where none was, or the store cannot be reached."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -204,13 +204,39 @@ class Ranks:
             return
         ready = f"ready/{next(self._assemblies)}"
         self.meeting.put(f"{ready}/{self.rank}", "")
-        until = time.monotonic() + self.meeting.within_s
-        names = [f"{ready}/{rank}" for rank in range(self.size)]
-        while self.is_first and not self.meeting.all_left(names, READY_ASKED_S):
-            if self.meeting.get(FAILED) is not None or time.monotonic() > until:
-                waited = f"{self.meeting.within_s:.0f} s (parallel.rendezvous_seconds)"
-                raise self.lost(RuntimeError(f"not all came to what they share within {waited}"))
+        if self.is_first:
+            self._await(self.meeting, [f"{ready}/{rank}" for rank in range(self.size)])
         self.told()
+
+    def left(self, name: str, thing: Thing) -> list[Thing]:
+        """Leave a thing for the first rank, which returns those of all, by rank, once they are
+        there. The others return nothing and do not wait: it may be at work alone for long, or fail.
+
+        Args:
+            name: Under which nothing else is left.
+
+        Raises:
+            RankLost: If one has failed, or leaves nothing within `parallel.rendezvous_seconds`.
+        """
+        meeting = self.meeting
+        if meeting is None:
+            return [thing]
+        if not self.is_first:
+            self._answered(lambda: meeting.tell(f"{name}/{self.rank}", thing))
+            return []
+        names = [f"{name}/{rank}" for rank in range(1, self.size)]
+        self._await(meeting, names)
+        found = [thing]
+        self._answered(lambda: found.extend(map(meeting.taken, names)))
+        return found
+
+    def _await(self, meeting: Meeting, names: Sequence[str]) -> None:
+        """Wait, as the first rank, until the others have left what they are to."""
+        until = time.monotonic() + meeting.within_s
+        while not meeting.all_left(names, READY_ASKED_S):
+            if meeting.get(FAILED) is not None or time.monotonic() > until:
+                waited = f"{meeting.within_s:.0f} s (parallel.rendezvous_seconds)"
+                raise self.lost(RuntimeError(f"not all came to what they share within {waited}"))
 
     def shared(self, work: Callable[[], Thing]) -> list[Thing]:
         """Return what the work of every rank gives, by rank, once all are through with theirs.
@@ -233,7 +259,7 @@ class Ranks:
         except Exception as failed:  # noqa: BLE001
             error = failed
         self.assemble()
-        found = self.gathered((done, None if error is None else _as_told(error, self.rank)))
+        found = self.gathered((done, None if error is None else as_told(error, self.rank)))
         first = found[0][1]
         if error is not None and (self.is_first or first is None):
             raise error
@@ -353,7 +379,7 @@ def _parted(rank: int) -> str:
     return f"parted/{rank}"
 
 
-def _as_told(error: Exception, rank: int) -> Exception:
+def as_told(error: Exception, rank: int) -> Exception:
     """Return what the other ranks raise where one has failed: the run goes on without what the
     first one refuses, and ends where another rank fails by itself.
     """
