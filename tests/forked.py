@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,13 @@ MAX_REQUEST = 2**20  # bytes
 class Forked:
     """A command under way; as much of `subprocess.Popen` as tests ask for."""
 
-    def __init__(self, cwd: Path, args: list[str], code: str | None) -> None:
+    def __init__(
+        self, cwd: Path, args: list[str], code: str | None, env: Mapping[str, str]
+    ) -> None:
         ours, theirs = socket.socketpair()
         read, write = os.pipe()
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
-        request = {"cwd": str(cwd), "args": args, "code": code, "env": dict(os.environ)}
+        request = {"cwd": str(cwd), "args": args, "code": code, "env": dict(env)}
         socket.send_fds(
             _server(),
             [json.dumps(request).encode()],
@@ -103,11 +106,13 @@ class Forked:
             return told[0], self._errors.read()
 
 
-def start(cwd: Path, *args: str, code: str | None = None) -> Forked:
+def start(
+    cwd: Path, *args: str, code: str | None = None, env: Mapping[str, str] = os.environ
+) -> Forked:
     """Start `python -m pipeline ARGS`, or `python -c CODE ARGS`, in a folder and with the
-    environment of now.
+    environment of now, or another one.
     """
-    return Forked(cwd, list(args), code)
+    return Forked(cwd, list(args), code, env)
 
 
 def run(

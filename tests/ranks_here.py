@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import forked
 from forked import Forked
@@ -90,8 +89,8 @@ def forked_ranks(
     port = free_port()
     ranks: list[Forked] = []
     for rank in range(size):
-        with patch.dict(os.environ, rank_environment(rank, size, port)):
-            ranks.append(forked.start(cwd, *args, code=code))
+        environment = rank_environment(rank, size, port)
+        ranks.append(forked.start(cwd, *args, code=code, env=environment))
     found: list[tuple[int, str, str]] = []
     try:
         for rank in ranks:
