@@ -188,6 +188,6 @@ def test_looking_whether_an_artifact_is_whole_is_preparing() -> None:
     clock = PhaseClock(lambda: now[0])
     session = SimpleNamespace(clock=clock, store=SimpleNamespace(recall=recall), run_id="r")
     running: Any = SimpleNamespace(session=session)
-    assert StageRunner(running, 0)._recall("key") is None
+    assert StageRunner(running, 0).recall("key") is None
     assert Assessor(running, 0)._recall("key", {}) is None
     assert clock.read_ns() == {"other": 0, "prepare": 180}

@@ -352,7 +352,7 @@ def faked(root: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr("pipeline.runs.serving_pass.serve", fake_serving)
     monkeypatch.setattr("pipeline.runs.comparison.other_tokenizers", lambda *_: False)
     monkeypatch.setattr(
-        "pipeline.runs.runner.base_artifact", lambda *_: Artifact(root, "model", "b" * 32, 1)
+        "pipeline.runs.stages.base_artifact", lambda *_: Artifact(root, "model", "b" * 32, 1)
     )
     monkeypatch.setattr(test_running, "DEVICE", GPU)
     return FakeCuda(monkeypatch)

@@ -47,6 +47,7 @@ from pipeline.runs.resume import read_past
 from pipeline.runs.runner import StageRunner
 from pipeline.runs.running import Running
 from pipeline.runs.session import Session
+from pipeline.runs.stages import run_stages
 from pipeline.stages.base import MODEL, STUDENT_SOURCE, TEACHER, Reference, Stage, WarmUp
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage
@@ -256,7 +257,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     base = tmp_path / "base"
     base.mkdir()
     monkeypatch.setattr(
-        "pipeline.runs.runner.base_artifact", lambda *_: Artifact(base, "model", "b" * 32, 1)
+        "pipeline.runs.stages.base_artifact", lambda *_: Artifact(base, "model", "b" * 32, 1)
     )
     return tmp_path
 
@@ -268,11 +269,6 @@ def the_run() -> Run:
     ]
     compare = [Comparison(arm="student", base=base, on=on) for base, on in pairs]
     return Run(recipe="distill", stages=stages(), compare=compare, primary_arm="student")
-
-
-def run_stages(running: Running) -> None:
-    for seed in running.session.seeds:
-        StageRunner(running, seed).run_all()
 
 
 def invoke(

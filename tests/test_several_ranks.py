@@ -443,6 +443,27 @@ def test_a_run_by_two_ranks_is_booked_once(mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_stages_that_two_ranks_make_at_once_are_those_of_one_process(tmp_path: Path) -> None:
+    """Each seed's model is one rank's, to the bit; what a rank waits for the other has a name."""
+    asked = ["seeds=[0,1]", "parallel.stages=true", "hardware.num_threads=1"]
+    code, output, errors = ended([launched(tmp_path, *asked)])[0]
+    assert code == 0, errors
+    assert "baseline (seed 1): running" in output
+    result = result_of(tmp_path)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert ended([launched(alone, *asked, devices=1)])[0][0] == 0
+    wanted = result_of(alone)
+    digests = [[row["artifact"]["digest"] for row in each["rows"]] for each in (result, wanted)]
+    assert digests[0] == digests[1]
+    assert [row["ledger"]["ranks"][0]["rank"] for row in result["rows"]] == [0, 1]
+    assert result["run"]["phases_device_ns"]["overhead"]["idle_rank"] > 0
+    work = sum(row["ledger"]["device_hours"]["work"]["value"] for row in result["rows"])
+    assert result["run"]["device_hours"]["work"]["value"] == pytest.approx(work)
+    assert not [note for note in result["environment"]["notes"] if "please report it" in note]
+
+
+@pytest.mark.slow
 def test_a_cache_that_two_ranks_capture_and_learn_from_is_that_of_one(tmp_path: Path) -> None:
     """The student's weights are shared out, too."""
     shards, read = list[dict[str, Any]](), list[float]()

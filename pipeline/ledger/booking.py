@@ -39,6 +39,9 @@ class Window:
         end_ns: Clock at its end.
         kept_ns: How much of it counts: all of it when it ended well, the part up to the last valid
             checkpoint when it was killed, nothing when it failed. A comparison pass counts whole.
+        beside: Among how many ranks the devices were shared out meanwhile, a stage each. Windows of
+            such stages follow one another, each as long as its stage's share of all devices'
+            time.
     """
 
     kind: Literal["work", "assess", "compare"]
@@ -48,6 +51,7 @@ class Window:
     start_ns: int
     end_ns: int
     kept_ns: int
+    beside: int = 1
 
     @property
     def elapsed_ns(self) -> int:

@@ -54,6 +54,7 @@ PHASES = (
     "optimizer",
     "teacher",
     "comm_wait",
+    "idle_rank",
     "capture",
     "calibrate",
     "search",
@@ -72,11 +73,12 @@ WASTED = {
     "data_wait": "data_wait",
     "comm_wait": "comm_exposed",
     "other": "unattributed",
+    "idle_rank": "idle_rank",
 }
 """Phases that are waste, and the name of the cause. What is neither productive nor wasted is
 support.
 """
-WASTE_CAUSES = (*WASTED.values(), "rollback", "failed_attempt", "idle_rank")
+WASTE_CAUSES = (*WASTED.values(), "rollback", "failed_attempt")
 
 TRACED_SHARES = (
     ("busy", 1, "device computing, communicating or copying"),

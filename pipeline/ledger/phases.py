@@ -74,6 +74,18 @@ class PhaseClock:
             self._self_ns[target] = self._self_ns.get(target, 0) + moved
         return moved
 
+    def replace(self, before: dict[str, int], phases_ns: dict[str, int]) -> None:
+        """Book what passed since a mark as other phases: those of several devices in the mean.
+
+        Args:
+            before: Self times at the mark.
+            phases_ns: In place of those since; what they leave of the time is `idle_rank`.
+        """
+        passed = sum(difference(self.mark()[1], before).values())
+        idle = passed - sum(phases_ns.values())
+        assert idle >= 0, idle
+        self._self_ns = total(before, phases_ns, {"idle_rank": idle})
+
     def mark(self) -> tuple[int, dict[str, int]]:
         """Return the time now and the self times until exactly then: between two marks, they
         close.

@@ -64,6 +64,9 @@ class Spent:
         told_ns: Those of `phases_ns` that stand beside them.
         ranks: What each rank told of the work, for readers.
         assess_ranks: What each told of the assessment.
+        beside: Among how many ranks the devices were shared out during the work. Its times here are
+            its share of all devices' time, that of one rank in so many.
+        beside_ns: Those of `phases_ns` that are such shares.
     """
 
     work_ns: int = 0
@@ -76,6 +79,29 @@ class Spent:
     told_ns: dict[str, int] = field(default_factory=dict)
     ranks: list[RankTime] = field(default_factory=list)
     assess_ranks: list[RankTime] = field(default_factory=list)
+    beside: int = 1
+    beside_ns: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def wall_ns(self) -> int:
+        """Nanoseconds that passed."""
+        return (self.work_ns + self.lost_ns) * self.beside + self.assess_ns
+
+    @property
+    def passed_ns(self) -> dict[str, int]:
+        """The self times by phase as they passed on one device."""
+        more = self.beside - 1
+        return {
+            name: ns + more * self.beside_ns.get(name, 0) for name, ns in self.phases_ns.items()
+        }
+
+    def add_beside(self, phases_ns: Mapping[str, int]) -> None:
+        """Add the self times of work that took one of `beside` ranks: its share of all devices'
+        time.
+        """
+        self.add_phases(phases_ns)
+        for name, ns in phases_ns.items():
+            self.beside_ns[name] = self.beside_ns.get(name, 0) + ns
 
     def add_told(self, phases_ns: Mapping[str, int], others: Sequence[Mapping[str, float]]) -> None:
         """Add the self times of a window in which every device told its own.
@@ -188,18 +214,19 @@ def ledger(
         measured(productive / total) if is_training and total else null("not a training stage")
     )
     traced = gpu_timeline(timeline or {})
-    in_steps_h = (seconds_in_steps or 0.0) * devices / 3600
+    at_work = devices / spent.beside
+    in_steps_h = (seconds_in_steps or 0.0) * at_work / 3600
     # The trace speaks of steps only; outside of them nothing is known.
     busy_in_steps = derive(lambda share: share * in_steps_h, Value.from_json(traced["busy"]))
     gpu_hours = _gpu_hours(parts, devices, device_kind, usage, granted, busy_in_steps)
     record: Measurements = {
-        "wall_s": measured(total / 1e9).to_json(),
-        "phases_ns": spent.phases_ns,
+        "wall_s": measured(spent.wall_ns / 1e9).to_json(),
+        "phases_ns": spent.passed_ns,
         "device_hours": device_hours,
         "gpu_hours": gpu_hours,
         "energy_j": usage.energy_j.to_json(),
         "counts": _counts(
-            counts, goodput, seconds_in_steps, devices, peak, is_training=is_training
+            counts, goodput, seconds_in_steps, at_work, peak, is_training=is_training
         ),
         "memory": {name: value.to_json() for name, value in memory.items()},
         "cost": money(
@@ -301,7 +328,7 @@ def _counts(
     counts: dict[str, Value],
     goodput: Value,
     seconds_in_steps: float | None,
-    devices: int,
+    devices: float,
     peak: Value,
     *,
     is_training: bool,

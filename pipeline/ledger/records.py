@@ -70,7 +70,9 @@ def _list_of(kind: Schema, *, least: int = 0, most: int | None = None) -> Schema
     return {"type": "array", "items": kind, "minItems": least, **limit}
 
 
-_HISTORY = _list_of(_fields(run_id=_TEXT, attempt=_ATTEMPT, step=_NS, phases_ns=_PHASES_NS))
+_HISTORY = _list_of(
+    _fields({"beside": _ATTEMPT}, run_id=_TEXT, attempt=_ATTEMPT, step=_NS, phases_ns=_PHASES_NS)
+)
 _USAGE = _fields(
     dict.fromkeys(FIGURES, _VALUE), throttle_reasons=_list_of(_TEXT), problems=_list_of(_TEXT)
 )
@@ -110,7 +112,7 @@ ANY_ARTIFACT = Spec(
 MADE = Spec(
     shapes.Made,
     _fields(
-        {"usage": _USAGE, "disturbance": _VALUES, "ranks": _list_of(RANK_TIME)},
+        {"usage": _USAGE, "disturbance": _VALUES, "ranks": _list_of(RANK_TIME), "beside": _ATTEMPT},
         artifact=_ARTIFACT,
         run_id=_TEXT,
         attempt=_ATTEMPT,
@@ -320,6 +322,7 @@ CHARGED = Spec(
 
 _OF_ARM = {"arm": _TEXT_OR_NULL, "seed": {"type": "integer"}}
 _WINDOW = _fields(
+    {"beside": _ATTEMPT},
     kind={"enum": ["work", "assess", "compare"]},
     **_OF_ARM,
     attempt=_ATTEMPT,
@@ -372,6 +375,16 @@ EVENTS: dict[str, Spec[Any]] = {
             **_OF_ARM,
             attempt=_ATTEMPT,
             start_ns=_NS,
+        ),
+    ),
+    "beside": Spec(
+        shapes.BesideLine,
+        _fields(
+            attempt=_ATTEMPT,
+            start_ns=_NS,
+            ranks=_ATTEMPT,
+            arms=_list_of(_fields(arm=_TEXT, seed={"type": "integer"}), least=1),
+            clock_ns=_PHASES_NS,
         ),
     ),
     "window": Spec(shapes.Closed, _fields(_CLOCK, **_OF_ARM, window=_WINDOW, phases_ns=_PHASES_NS)),

@@ -981,6 +981,7 @@ class Made(TypedDict):
     usage: NotRequired[UsageRecord]
     disturbance: NotRequired[Figures]
     ranks: NotRequired[list[RankTime]]
+    beside: NotRequired[int]
     earlier: list[Row]
 
 
@@ -1099,6 +1100,7 @@ class HistoryEntry(TypedDict):
     attempt: int
     step: int
     phases_ns: PhasesNs
+    beside: NotRequired[int]
 
 
 class Progress(TypedDict):
@@ -1323,6 +1325,7 @@ class WindowRecord(TypedDict):
     start_ns: int
     end_ns: int
     kept_ns: int
+    beside: NotRequired[int]
 
 
 class Line(TypedDict):
@@ -1381,6 +1384,26 @@ class Opened(Line):
     attempt: int
     start_ns: int
     clock_ns: NotRequired[PhasesNs]
+
+
+class ArmSeed(TypedDict):
+    """An arm for one seed."""
+
+    arm: str
+    seed: int
+
+
+class BesideLine(Line):
+    """Stages began to work side by side; their windows are opened and closed when all have
+    ended.
+    """
+
+    e: Literal["beside"]
+    attempt: int
+    start_ns: int
+    ranks: int
+    arms: list[ArmSeed]
+    clock_ns: PhasesNs
 
 
 class Closed(Line):
@@ -1545,6 +1568,7 @@ Event: TypeAlias = (
     FirstLine
     | StageStarted
     | Opened
+    | BesideLine
     | Closed
     | RowLine
     | Points

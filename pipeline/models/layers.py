@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StageFailed, UserError
 from pipeline.ledger.numbers import how_many
-from pipeline.models.load import auto_class, text_config_of
+from pipeline.models.load import auto_class, text_config_of, write_weights
 from pipeline.models.vocabulary import probe
 from pipeline.models.weights import keep_attention, name_body
 from pipeline.tasks.table import Task
@@ -354,11 +354,8 @@ def _prove_reload(model: Any, ids: Tensor, scratch: Path | None) -> None:
     """
     import torch
 
-    # transformers writes on the first rank alone, which proves it for all: they make the same
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-        return
     with tempfile.TemporaryDirectory(dir=scratch, prefix="reload.") as folder, torch.no_grad():
-        model.save_pretrained(folder)
+        write_weights(model, Path(folder))
         again = type(model).from_pretrained(folder, dtype=torch.float32).eval()
         ours, theirs = model(input_ids=ids).logits, again(input_ids=ids).logits
     off = float((ours - theirs).abs().max())

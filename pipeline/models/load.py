@@ -741,9 +741,20 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     the folder.
     """
     part_ties(model)
-    model.save_pretrained(folder)
+    write_weights(model, folder)
     tokenizer.save_pretrained(folder)
     share_as_written(folder)
+
+
+def write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write weights and config, whichever rank this process is: transformers leaves that to the
+    first one, which need not be the one that has this model.
+    """
+    model.__dict__["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+    try:
+        model.save_pretrained(folder)
+    finally:
+        del model.__dict__["should_save_on_this_rank"]
 
 
 def make_tiny(

@@ -39,6 +39,7 @@ from pipeline.ledger.phases import PhaseClock, difference
 from pipeline.ledger.shapes import OutputRecord, RankTime
 from pipeline.runs.environment import code_digest
 from pipeline.runs.fitting import in_mode
+from pipeline.runs.lane import Beside, work_beside
 from pipeline.runs.preflight import choose_device
 from pipeline.runs.signals import noted, on_stop_signal
 from pipeline.runs.versions import versions
@@ -316,6 +317,11 @@ def straggler(times: list[RankTime]) -> str | None:
     )
 
 
+def _silent(*_: Any, **__: Any) -> Any:
+    """Show no progress."""
+    return nullcontext(lambda *_: None)
+
+
 def follow(run: Run, ranks: Ranks, clock: PhaseClock) -> int:
     """Do what the first rank says until it says that the run has ended.
 
@@ -339,6 +345,9 @@ def follow(run: Run, ranks: Ranks, clock: PhaseClock) -> int:
                 with _as_the_first_one_sees_it():
                     if isinstance(task, Scoring):
                         _score(task, run, ranks, device, data, clock)
+                    elif isinstance(task, Beside):
+                        about = {"run": run, "device": device, "data": data, "clock": clock}
+                        work_beside(task, ranks, signals, _silent, **about)
                     else:
                         _work(task, run, ranks, device, data, clock, signals)
         except RankLost as lost:  # the first one has ended, or another rank failed and said why
@@ -416,7 +425,7 @@ def _work(
             checkpointed=lambda step: None,
             resumed=lambda step, history: None,
             should_stop=lambda: Preempted if signals else None,
-            progress=lambda *_, **__: nullcontext(lambda *_: None),
+            progress=_silent,
             say=lambda _: None,
             ranks=ranks,
         )

@@ -68,7 +68,7 @@ def _lead(
         from pipeline.runs.assemble import finish
         from pipeline.runs.comparison import compare, without_speedup
         from pipeline.runs.gate_ending import exit_code, hold_gate
-        from pipeline.runs.runner import StageRunner
+        from pipeline.runs.stages import run_stages
     with refusals_reported(is_gate(run)):
         running = open_run(run, clock, command=command, started_ns=started_ns, ranks=ranks)
     ranks.told(running.session.run.parallel.mode)
@@ -77,8 +77,7 @@ def _lead(
     status, why = "FAILED", "crashed"
 
     def measure() -> None:
-        for seed in running.session.seeds:
-            StageRunner(running, seed).run_all()
+        run_stages(running)
         compare(running)
 
     def ask(number: int) -> None:  # the training loop, between steps

@@ -36,18 +36,30 @@ def failing_as(
     change.
     """
     session = running.session
+    snapshot = snapshot_file(session.folder, arm, session.number)
+    with failing_on(session.device, session.run, snapshot, arm, kind, stage):
+        yield
+
+
+def snapshot_file(folder: Path, arm: str, attempt: int) -> Path:
+    """Return where the allocator's map goes when a device's memory runs out."""
+    return folder / f"oom-{file_name(arm)}-{attempt}.json"
+
+
+@contextmanager
+def failing_on(
+    device: Any, run: Run, snapshot: Path, arm: str, kind: str, stage: Stage | None
+) -> Generator[None]:
+    """Do as `failing_as` does, on a rank that knows its own device alone."""
     what = arm if stage is None else f"stage {arm}"
     try:
         yield
     except StageFailed as error:
         raise type(error)(f"{what}: {error}") from error
     except Exception as error:
-        snapshot = session.folder / f"oom-{file_name(arm)}-{session.number}.json"
-        said = explain(
-            error, session.run, arm, stage, kind, device=session.device, snapshot=snapshot
-        )
-        if said is None and is_lost(error, session.device):
-            raise DeviceLost(f"{what}: {lost_words(error, session.device)}") from error
+        said = explain(error, run, arm, stage, kind, device=device, snapshot=snapshot)
+        if said is None and is_lost(error, device):
+            raise DeviceLost(f"{what}: {lost_words(error, device)}") from error
         if said is None:
             raise
         raise StageFailed(f"{what}: {said}") from error

@@ -23,6 +23,7 @@ from pipeline.runs.session import Session
 from pipeline.runs.timeline import Trace
 from pipeline.stages.base import stage_of
 from pipeline.stages.context import Output
+from pipeline.store.artifacts import plain
 
 GONE = "the process that read it is gone"
 UNFINISHED = ("KILLED", "FAILED")
@@ -185,6 +186,7 @@ def _with_attempt(
     Args:
         written: Arm, seed and attempt of the rows that its process wrote.
     """
+    events = _with_torn(events)
     start = _start(events)
     number = start["attempt"]
     devices = start.get("devices", 1)  # before it was journaled, a process drove one
@@ -207,6 +209,52 @@ def _with_attempt(
         if (arm, seed, number) not in written:
             past = _with_killed_row(session, past, arm, seed, number, events)
     return past
+
+
+def _with_torn(events: list[Event]) -> list[Event]:
+    """Return the lines of an attempt with windows of the stages that worked side by side when its
+    process was killed: each took its share of the time until the last sign of life, and keeps
+    what led to its last checkpoint.
+    """
+    begun = next((event for event in reversed(events) if event["e"] == "beside"), None)
+    if begun is None:
+        return events
+    after = events[events.index(begun) + 1 :]
+    of = lambda event: (event["arm"], event["seed"])
+    closed = {of(event): event["window"] for event in after if event["e"] == "window"}
+    torn = [of(each) for each in begun["arms"] if of(each) not in closed]
+    if not torn:
+        return events
+    # one of them may have been opened, to be closed at once
+    events = [
+        event
+        for event in events
+        if not (event["e"] == "open" and of(event) in torn and event in after)
+    ]
+    last_ns, start_ns = _last_ns(events), begun["start_ns"]
+    start_ns = max((window["end_ns"] for window in closed.values()), default=start_ns)
+    elapsed_ns = (last_ns - begun["start_ns"]) // begun["ranks"]
+    for arm, seed in torn:
+        saved = [
+            event for event in after if event["e"] == "checkpoint" and of(event) == (arm, seed)
+        ]
+        phases_ns = saved[-1]["phases_ns"] if saved else {}
+        window = Window(
+            kind="work",
+            arm=arm,
+            seed=seed,
+            attempt=begun["attempt"],
+            start_ns=start_ns,
+            end_ns=start_ns + elapsed_ns,
+            kept_ns=min(elapsed_ns, sum(phases_ns.values())),
+            beside=begun["ranks"],
+        )
+        line = {"t": events[-1]["t"], "mono_ns": last_ns, "arm": arm, "seed": seed}
+        opened = {**line, "e": "open", "kind": "work", "attempt": begun["attempt"]}
+        ended = {**line, "e": "window", "window": plain(window), "phases_ns": phases_ns}
+        events = [*events, {**opened, "start_ns": start_ns}, ended]  # pyright: ignore
+        start_ns += elapsed_ns
+    return events
 
 
 def _with_trace(past: Past, event: Event) -> Past:
@@ -328,7 +376,11 @@ def _with_killed_row(
     own = [event for event in events if (event.get("arm"), event.get("seed")) == (arm, seed)]
     at_work = by_first(session.run, stage_of(session.run, arm))
     for event in own:
-        if event["e"] == "window":
+        beside = event["window"].get("beside", 1) if event["e"] == "window" else 1
+        if event["e"] == "window" and beside > 1:
+            spent.beside = beside
+            spent.add_beside(event["phases_ns"])
+        elif event["e"] == "window":
             is_work = event["window"]["kind"] == "work"
             spent.add_phases(event["phases_ns"], at_work if is_work else by_first_alone)
     saved = [event for event in own if event["e"] == "checkpoint"]
@@ -403,6 +455,8 @@ def _rebooked(session: Session, past: Past, index: int, entry: HistoryEntry | No
     windows = (*past.windows[:index], booked, *past.windows[index + 1 :])
     past = replace(past, windows=windows, spans={**past.spans, window.attempt: span})
     past = past.with_trace(*of_arm, trace)
+    spent = _spent(booked.kept_ns, phases_ns, booked.beside)
+    spent.lost_ns, spent.lost_as = booked.lost_ns, "rollback"
     row, record = rows[0], rows[0]["ledger"]
     read = Read(
         {name: Value.from_json(value) for name, value in record["memory"].items()},
@@ -414,7 +468,7 @@ def _rebooked(session: Session, past: Past, index: int, entry: HistoryEntry | No
             session,
             past,
             *of_arm,
-            Spent(booked.kept_ns, 0, booked.lost_ns, "rollback", phases_ns),
+            spent,
             row["status"],
             row["why"],
             read=read,
@@ -432,12 +486,22 @@ def _taken_over(
     # Resumed a second time: those hours are counted already.
     if (arm, seed, number, run_id) in {identity(row) for row in past.rows}:
         return past
-    spent = Spent(work_ns=sum(entry["phases_ns"].values()), phases_ns=entry["phases_ns"])
+    kept_ns = sum(entry["phases_ns"].values())
+    spent = _spent(kept_ns, entry["phases_ns"], entry.get("beside", 1))
     why = f"up to its checkpoint of step {entry['step']}"
     row = _unfinished_row(
         session, past, arm, seed, number, spent, "KILLED", why, reused=run_id, lost=0
     )
     return replace(past, reused_h=past.reused_h + spent.work_ns / HOUR_NS).with_row(row)
+
+
+def _spent(work_ns: int, phases_ns: dict[str, int], beside: int) -> Spent:
+    spent = Spent(work_ns=work_ns, beside=beside)
+    if beside > 1:
+        spent.add_beside(phases_ns)
+    else:
+        spent.add_phases(phases_ns)
+    return spent
 
 
 def _unfinished_row(

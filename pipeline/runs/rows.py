@@ -158,6 +158,10 @@ def _add_work(spent: Spent, session: Session, stage: Stage, made: Made) -> None:
     """Add what the work on an artifact took."""
     spent.work_ns = made["work_ns"]
     spent.ranks = made.get("ranks", [])
+    spent.beside = made.get("beside", 1)
+    if spent.beside > 1:
+        spent.add_beside(made["phases_ns"])
+        return
     _add_window(spent, session, made["phases_ns"], spent.ranks, by_first(session.run, stage))
 
 
@@ -292,17 +296,28 @@ def broken_row(
     spent = Spent() if made is None else made_spent(session, stage, made)
     alone = by_first(session.run, stage) if made is None else by_first_alone
     kept = isinstance(error, Preempted | BudgetSpent)
+    if window is not None:
+        spent.beside, spent.assess_ranks = max(spent.beside, window.beside), window.ranks
+
+    def add(phases_ns: dict[str, int], ranks: list[RankTime]) -> None:
+        if window is not None and window.beside > 1:
+            spent.add_beside(phases_ns)
+        else:
+            _add_window(spent, session, phases_ns, ranks, alone)
+
     if window is not None and kept:  # a checkpoint is on disk: the next attempt resumes from it
-        spent.work_ns += window.elapsed_ns
-        spent.assess_ranks = window.ranks
-        _add_window(spent, session, window.phases_ns, window.ranks, alone)
+        if made is None:
+            spent.work_ns += window.elapsed_ns
+        else:
+            spent.assess_ns += window.elapsed_ns
+        add(window.phases_ns, window.ranks)
     elif window is not None:
         spent.lost_ns = window.elapsed_ns
         # the last checkpoint is there to resume from
         if made is None and isinstance(error, KeyboardInterrupt):
             spent.work_ns, spent.lost_as = sum(trace.saved_ns.values()), "rollback"
             spent.lost_ns -= spent.work_ns
-            spent.add_phases(trace.saved_ns, alone)
+            add(trace.saved_ns, [])
     status = "KILLED" if kept or isinstance(error, KeyboardInterrupt) else "FAILED"
     output = Output(counts={"steps_lost": measured(trace.lost)})
     return live_row(

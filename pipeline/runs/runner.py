@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arms import BASE, file_name, is_fallback
+from pipeline.config.arms import file_name, is_fallback
 from pipeline.errors import DeviceLost, StageFailed, UserError
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import difference
 from pipeline.ledger.records import MADE
-from pipeline.ledger.shapes import HistoryEntry, Made, RankTime, Row
+from pipeline.ledger.shapes import Figures, HistoryEntry, Made, OutputRecord, RankTime, Row
 from pipeline.ledger.values import Value
 from pipeline.report.progress import progress_bar
 from pipeline.runs.assessor import Assessor
-from pipeline.runs.base_model import base_artifact
 from pipeline.runs.book import Arm
 from pipeline.runs.following import share_of, straggler, told_times
 from pipeline.runs.keys import stage_key
@@ -50,18 +49,7 @@ class StageRunner:
     running: Running
     seed: int
 
-    def run_all(self) -> None:
-        """Bring every stage of the recipe to its row, in order."""
-        session, book = self.running.session, self.running.book
-        if session.gate is None:
-            base = base_artifact(session.run, session.data, self.seed, session.store, session.clock)
-            book.arms[BASE, self.seed] = Arm(base)
-        for name, stage in session.stages.items():
-            settled = stage.settle(name, self._attempts(name, stage))
-            if settled is not None:
-                self.attempt(name, settled)
-
-    def _attempts(self, name: str, stage: Stage) -> Attempts:
+    def attempts(self, name: str, stage: Stage) -> Attempts:
         session, book = self.running.session, self.running.book
 
         def made(arm: str) -> Output | None:
@@ -125,7 +113,7 @@ class StageRunner:
         key = stage_key(self.running.session, name, stage, inputs, self.seed, matched)
         with timeline.hold(key, name):  # another process may be at it: then find it done
             # Looked up while the lock is held: who waited for it finds the work done.
-            made = self._recall(key) or self._make(name, stage, inputs, key, matched)
+            made = self.recall(key) or self._make(name, stage, inputs, key, matched)
             artifact = Artifact.from_json(made["artifact"])
             assessed = None
             # a teacher cache has no quality; a fallback is read as it is made
@@ -152,17 +140,22 @@ class StageRunner:
         or theirs are unknown.
         """
         arms = stage.matched(self.running.session.run)
-        outputs = [self._output(arm) for arm in arms]
+        outputs = [self.output(arm) for arm in arms]
         known = [None if output is None else _flops_of(output) for output in outputs]
         return None if None in known or not known else sum(each or 0.0 for each in known)
 
-    def _output(self, arm: str) -> Output | None:
+    def like(self, stage: Stage) -> Output | None:
+        """Return what the stage reported that a stage is like."""
+        reference = stage.references(self.running.session.run).get(LIKE)
+        return None if reference is None else self.output(reference.arm)
+
+    def output(self, arm: str) -> Output | None:
         found = self.running.book.arms.get((arm, self.seed))
         return None if found is None else found.output
 
     # -- work -------------------------------------------------------------------------------------
 
-    def _recall(self, key: str) -> Made | None:
+    def recall(self, key: str) -> Made | None:
         """Return what is remembered of work with this key, if its artifact is still whole: it is
         hashed.
         """
@@ -181,24 +174,9 @@ class StageRunner:
         remembers of it.
         """
         session, timeline, book = (self.running.session, self.running.timeline, self.running.book)
-        # a stage goes on with another number of devices than it was begun on
-        begun = key
-        if session.devices > 1:
-            begun = stage_key(session, name, stage, inputs, self.seed, matched, devices=1)
-        checkpoints = session.store.root / "checkpoints" / begun
+        checkpoints = self.checkpoints(name, stage, inputs, key, matched)
         timeline.check_budget()
-        several = f" (seed {self.seed})" if len(session.seeds) > 1 else ""
-        print(f"{name}{several}: running", flush=True)
-        session.journal.write(
-            "stage_start",
-            arm=name,
-            stage=name,
-            type=stage.type,
-            seed=self.seed,
-            attempt=session.number,
-            params=stage.shown_settings(session.run),
-            depends_on=made_arms_read(stage, session.run),
-        )
+        self.announce(name, stage)
         window = None
         try:
             # what all arms use alike is overhead of the run
@@ -215,8 +193,73 @@ class StageRunner:
             book.add(broken_row(timeline, name, stage, self.seed, window, error))
             raise
         # After the window, whose closing edge is the last reading.
-        usage = timeline.usage(name, self.seed)
-        memory = session.memory.read(session.device, nvml_peak=usage.memory_used_peak_bytes)
+        peak = timeline.usage(name, self.seed).memory_used_peak_bytes
+        memory = session.memory.read(session.device, nvml_peak=peak)
+        read = {part: value.to_json() for part, value in memory.items()}
+        return self.remember(
+            name, key, window, checkpoints, artifact, output.to_json(), read, times
+        )
+
+    def checkpoints(
+        self,
+        name: str,
+        stage: Stage,
+        inputs: Mapping[str, Artifact],
+        key: str,
+        matched: float | None,
+    ) -> Path:
+        """Return where a stage's checkpoints are: by settings, so that another run with the same
+        ones resumes from them, and one with another number of devices.
+        """
+        session = self.running.session
+        if session.devices > 1:
+            key = stage_key(session, name, stage, inputs, self.seed, matched, devices=1)
+        return session.store.root / "checkpoints" / key
+
+    def announce(self, name: str, stage: Stage) -> None:
+        """Say that a stage begins."""
+        session = self.running.session
+        several = f" (seed {self.seed})" if len(session.seeds) > 1 else ""
+        print(f"{name}{several}: running", flush=True)
+        session.journal.write(
+            "stage_start",
+            arm=name,
+            stage=name,
+            type=stage.type,
+            seed=self.seed,
+            attempt=session.number,
+            params=stage.shown_settings(session.run),
+            depends_on=made_arms_read(stage, session.run),
+        )
+
+    def manifest(
+        self, name: str, stage: Stage, inputs: Mapping[str, Artifact], key: str
+    ) -> dict[str, Any]:
+        """Return what artifact.json says of a stage, beside what it reports itself."""
+        session = self.running.session
+        return {
+            "recipe": session.run.recipe,
+            "arm": name,
+            "seed": self.seed,
+            "key": key,
+            "run_id": session.run_id,
+            "settings": plain(stage),
+            "inputs": {role: artifact.digest for role, artifact in inputs.items()},
+        }
+
+    def remember(
+        self,
+        name: str,
+        key: str,
+        window: OpenWindow,
+        checkpoints: Path,
+        artifact: Artifact,
+        output: OutputRecord,
+        memory: Figures,
+        times: list[RankTime],
+    ) -> Made:
+        """Keep what a stage made, and what that took, under its key."""
+        session, timeline = self.running.session, self.running.timeline
         record: Made = {
             "artifact": artifact.to_json(),
             "run_id": session.run_id,
@@ -224,14 +267,16 @@ class StageRunner:
             "seed": self.seed,
             "work_ns": window.elapsed_ns,
             "phases_ns": window.phases_ns,
-            "output": output.to_json(),
-            "memory": {part: value.to_json() for part, value in memory.items()},
-            "usage": usage.to_json(),
+            "output": output,
+            "memory": memory,
+            "usage": timeline.usage(name, self.seed).to_json(),
             "disturbance": timeline.disturbance(name, self.seed).to_json(),
-            "earlier": book.rows_of(name, self.seed),
+            "earlier": self.running.book.rows_of(name, self.seed),
         }
         if times:
             record["ranks"] = times
+        if window.beside > 1:
+            record["beside"] = window.beside
         # The record before the checkpoints go: a crash in between only leaves files behind.
         session.store.remember("keys", key, record)
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -262,16 +307,7 @@ class StageRunner:
             slow = straggler(times)
             book.notes += [] if slow is None else [f"{name}: {slow}"]
             with session.clock.phase("checkpoint"):
-                manifest = {
-                    "recipe": session.run.recipe,
-                    "arm": name,
-                    "seed": self.seed,
-                    "key": key,
-                    "run_id": session.run_id,
-                    "settings": plain(stage),
-                    "inputs": {role: artifact.digest for role, artifact in inputs.items()},
-                    **output.about,
-                }
+                manifest = {**self.manifest(name, stage, inputs, key), **output.about}
                 # Still inside the window: work lasts until the artifact is committed.
                 return session.store.commit(out, stage.makes, manifest), output, times
 
@@ -281,7 +317,6 @@ class StageRunner:
         """Return what a stage works with; it leaves its artifact in `out`."""
         session, timeline = self.running.session, self.running.timeline
         trace = timeline.trace(name, self.seed, session.number)
-        like = stage.references(session.run).get(LIKE)
 
         def journal(event: str, step: int, **fields: Any) -> None:
             trace.reached = max(trace.reached, step)
@@ -309,9 +344,8 @@ class StageRunner:
             data=session.data,
             clock=session.clock,
             out=out,
-            # By settings, so that another run with the same ones resumes from them.
             checkpoints=checkpoints,
-            like=None if like is None else self._output(like.arm),
+            like=self.like(stage),
             matched_flops=self.matched_flops(stage),
             points=lambda step, values: journal("points", step, values=values),
             history=lambda step: timeline.history(name, self.seed, step, phases_ns()),

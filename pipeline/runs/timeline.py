@@ -7,7 +7,7 @@ window covers is overhead.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +16,7 @@ from pipeline.errors import BudgetSpent, Preempted
 from pipeline.ledger import others
 from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
 from pipeline.ledger.disturbance import Disturbance, of_device, of_host
-from pipeline.ledger.gpu_usage import Usage
+from pipeline.ledger.gpu_usage import Usage, unread
 from pipeline.ledger.others import Accounts, Load
 from pipeline.ledger.phases import difference, total
 from pipeline.ledger.shapes import HistoryEntry, RankTime
@@ -24,6 +24,7 @@ from pipeline.runs.session import Session
 from pipeline.store.artifacts import plain
 
 Kind = Literal["work", "assess", "compare"]
+BESIDE = "other stages of this run were at work beside it"
 
 
 @dataclass(slots=True)
@@ -37,6 +38,17 @@ class OpenWindow:
     elapsed_ns: int = 0
     phases_ns: dict[str, int] = field(default_factory=dict)
     ranks: list[RankTime] = field(default_factory=list)
+    beside: int = 1  # among how many ranks the devices were shared out, as `Window` has it
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of a stage that worked beside others; times are its share of all devices'."""
+
+    arm: str
+    seed: int
+    phases_ns: dict[str, int]
+    kept_ns: int
 
 
 @dataclass(slots=True)
@@ -147,6 +159,44 @@ class Timeline:
             others=load.to_json(),
         )
 
+    def close_beside(
+        self, start_ns: int, before: dict[str, int], ended: Sequence[Ended], ranks: int
+    ) -> list[OpenWindow]:
+        """Journal the windows of stages that worked side by side since a mark: one after another,
+        each as long as its stage's share of all devices' time. What they leave of the time since is
+        `idle_rank`, of no window.
+
+        Args:
+            ended: With self times that are such shares.
+            ranks: Among which the devices were shared out.
+        """
+        session = self.session
+        session.clock.replace(before, total(*(each.phases_ns for each in ended)))
+        found: list[OpenWindow] = []
+        for each in ended:
+            elapsed_ns = sum(each.phases_ns.values())
+            opened = OpenWindow(start_ns, before, elapsed_ns, each.phases_ns, beside=ranks)
+            of_arm = {"kind": "work", "arm": each.arm, "seed": each.seed}
+            session.journal.write(
+                "open", **of_arm, attempt=session.number, start_ns=start_ns, clock_ns=before
+            )
+            start_ns, before = start_ns + elapsed_ns, total(before, each.phases_ns)
+            closed = Window(
+                kind="work",
+                arm=each.arm,
+                seed=each.seed,
+                attempt=session.number,
+                start_ns=opened.start_ns,
+                end_ns=start_ns,
+                kept_ns=each.kept_ns,
+                beside=ranks,
+            )
+            load = Load(why=BESIDE)
+            self.loads.setdefault(("work", each.arm, each.seed), []).append(load)
+            self._close(closed, opened, load, before)
+            found.append(opened)
+        return found
+
     def _mark_edge(self) -> Accounts | str:
         """Read the device at the edge of a window; return the kernel's accounts, or why they cannot
         be read.
@@ -212,6 +262,8 @@ class Timeline:
             if (each.arm, each.seed, each.attempt) == (arm, seed, number)
             and each.kind in (kinds or ("work", "assess"))
         ]
+        if any(each.beside > 1 for each in own):
+            return unread(BESIDE)
         return self.session.sampler.usage(*((each.start_ns, each.end_ns) for each in own))
 
     def disturbance(self, arm: str, seed: int) -> Disturbance:

@@ -94,6 +94,15 @@ class Meeting:
         except TimeoutError as error:
             raise RuntimeError(str(error)) from error
 
+    def found(self, name: str) -> Any | None:
+        """Return a thing that was left by `tell`; None where none was, or the store cannot be
+        reached.
+        """
+        with suppress(RuntimeError, TimeoutError):
+            if _within(ANSWER_S, lambda: self.store.check([name])):
+                return self.taken(name)
+        return None
+
     def get(self, name: str) -> str | None:
         """Return a text that was left; None where none was, or the store cannot be reached."""
         with suppress(RuntimeError, TimeoutError):
@@ -155,14 +164,14 @@ class Meeting:
             raise FirstGone(one_line(error, 120)) from error
         return True
 
-    def live(self) -> None:
-        """Give signs of life, as rank 0, for as long as this process lasts."""
+    def live(self, name: str = ALIVE) -> None:
+        """Give signs of life, as rank 0 under the usual name, for as long as this process lasts."""
         own = self.store.clone()  # who waits by the other one holds it
 
         def beat() -> None:
             with suppress(RuntimeError):
                 for number in range(2**62):
-                    own.set(ALIVE, str(number))
+                    own.set(name, str(number))
                     time.sleep(BEAT_S)
 
         threading.Thread(target=beat, daemon=True, name="alive").start()

@@ -330,11 +330,15 @@ class Ranks:
         except RuntimeError as error:
             raise self.lost(error) from error
 
+    def failure(self) -> str | None:
+        """Return what the first rank that failed said of it; None where none has."""
+        return None if self.meeting is None else self.meeting.get(FAILED)
+
     def lost(self, error: RuntimeError) -> RankLost:
         """Return what an error between ranks amounts to: what the one that failed said, if it
         did.
         """
-        said = None if self.meeting is None else self.meeting.get(FAILED)
+        said = self.failure()
         if said is not None:
             return RankLost(f"{said}; the same command goes on from the last checkpoint")
         told = one_line(error, 120)

@@ -29,6 +29,8 @@ class ParallelConfig:
     """How ranks (one process a device) share a training."""
 
     mode: Parallel = Parallel.auto  # what each rank holds
+    # stages that need nothing of one another are made at once, each by one rank
+    stages: bool = False
     # with fsdp and hsdp, weights and moments lie in the host's memory until a layer is computed
     offload: bool = False
     # a rank that does not answer for so long in a step ends the run

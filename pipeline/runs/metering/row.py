@@ -14,9 +14,9 @@ from pipeline.ledger.disturbance import Disturbance, of_device, of_host
 from pipeline.ledger.disturbance import unread as disturbance_unread
 from pipeline.ledger.memory import unread
 from pipeline.ledger.placement import NOTHING_KNOWN, Grant
-from pipeline.ledger.ranks import IDLE, Life, apportion, counts, merge
+from pipeline.ledger.ranks import Life, apportion, counts, merge
 from pipeline.ledger.reconcile import problems
-from pipeline.ledger.record import Spent, hours, ledger
+from pipeline.ledger.record import Spent, ledger
 from pipeline.ledger.shapes import (
     Checked,
     HoursPart,
@@ -108,22 +108,11 @@ def _finished(start: Metered, facts: Facts, lives: Sequence[Life]) -> Checked:
     )
     # A row has the phases of one device; its hours multiply by their number.
     per_device = apportion(timeline, facts.elapsed_ns)
-    idle_ns = per_device.pop(IDLE, 0)
-    # `idle_rank` is a cause of waste and no phase: it is split off again below.
-    phases_ns = {**per_device, "other": per_device.get("other", 0) + idle_ns}
     spent = Spent(
-        work_ns=facts.elapsed_ns, phases_ns={name: ns for name, ns in phases_ns.items() if ns}
+        work_ns=facts.elapsed_ns, phases_ns={name: ns for name, ns in per_device.items() if ns}
     )
     record = _ledger(start, facts, spent, {**counts(lives), "steps_lost": null(NOT_TOLD)})
-    if lives:
-        # `ledger` has seen their sum
-        unsaid = {"unattributed": per_device.get("other", 0), IDLE: idle_ns}
-        wasted_by = record["device_hours"]["wasted_by"]
-        wasted_by.pop("unattributed", None)
-        wasted_by |= {
-            cause: hours(ns, facts.used.count).to_json() for cause, ns in unsaid.items() if ns
-        }
-    else:
+    if not lives:
         _silence(record)
     return record
 
