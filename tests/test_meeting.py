@@ -178,7 +178,7 @@ def test_a_rank_that_is_late_for_a_training_is_waited_for_unless_it_fails(
     late.start()
     first.assemble()
     late.join()
-    with pytest.raises(RankLost, match="not all came to a training within 2 s"):
+    with pytest.raises(RankLost, match="not all came to what they share within 2 s"):
         first.assemble()
     second.fail(MemoryError("no room"))
     with pytest.raises(RankLost, match="rank 1 failed: MemoryError: no room"):
