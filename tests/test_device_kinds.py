@@ -5,6 +5,7 @@ Torch's modules of Intel's, Apple's and AMD's devices are stood in for; their na
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +27,11 @@ from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.memory import ON_DEVICE, MemoryMeter
 from pipeline.ledger.peaks import device_name
 from pipeline.quantization import ao
+from pipeline.runs.opening import _reader
 from pipeline.runs.preflight import check_decode
 from pipeline.training.precision import frozen, why_not
 from pipeline.training.prefetch import made_ahead
+from pipeline.training.ranks import Place, Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 SECOND = torch.device("cuda:1")
@@ -108,6 +111,17 @@ def test_counters_are_of_the_second_visible_device(monkeypatch: pytest.MonkeyPat
     )
     reader = device_of(SECOND).reader()
     assert (reader.uuids, reader.read()[0].power_w) == (("GPU-b",), 2)
+    # of several ranks of a host, all devices'; their joules add up (tests/test_gpu_sampler.py)
+    first = torch.device("cuda", 0)
+    names = [device_of(each).counted_as() for each in (first, SECOND)]
+    assert names == ["GPU-c", "GPU-b"]
+    ranks = Ranks(Place(0, 2, 0, 2), counted=tuple(names))
+    found = _reader(first, ranks).read()
+    assert [(each.uuid, each.power_w) for each in found] == [("GPU-c", 3), ("GPU-b", 2)]
+    apart = dataclasses.replace(ranks, hosts=2)
+    assert _reader(first, apart).why == "it was on 2 hosts, and counters are read of one alone"
+    unnamed = dataclasses.replace(ranks, counted=("GPU-c", None))
+    assert "several cuda devices are not read yet" in str(_reader(first, unnamed).why)
 
 
 def test_batches_are_made_with_the_runs_device_current(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,13 +108,13 @@ def joined(run: Run, clock: PhaseClock) -> Generator[Ranks]:
     with clock.phase("import"):
         import torch
     with clock.phase("comm_wait"):
-        backend, refusal = None, None
+        backend, refusal, counted = None, None, None
         try:
             device = choose_device(run)
         except UserError as error:  # rank 0 speaks for all
             refusal = error
         else:
-            backend = device_of(device).collectives
+            backend, counted = device_of(device).collectives, device_of(device).counted_as()
             if device.type == "cpu" and run.hardware.num_threads is None:
                 # ranks of a host share its cores
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.on_host))
@@ -124,6 +124,7 @@ def joined(run: Run, clock: PhaseClock) -> Generator[Ranks]:
             timeout_seconds=run.parallel.timeout_seconds,
             rendezvous_seconds=run.parallel.rendezvous_seconds,
             refusal=refusal,
+            counted=counted,
         )
         try:
             _check_same(run, ranks)

@@ -255,13 +255,16 @@ def planned_devices(run: Run, device: Any) -> int:
 
 
 def _reader(device: Any, ranks: Ranks) -> Reader:
-    """Return a reader of the device's counters. Of several devices those of one would stand for
-    all.
-    """
+    """Return a reader of the counters of all ranks' devices; those of some would stand for all."""
     own = device_of(device)
-    if ranks.several and device.type != "cpu":
-        return Absent(f"{how_many(ranks.size, 'device')}: counters of several are not read yet")
-    return own.reader()
+    if not ranks.several or device.type == "cpu":  # a host's own
+        return own.reader()
+    if ranks.hosts > 1:
+        return Absent(f"it was on {ranks.hosts} hosts, and counters are read of one alone")
+    known = [name for name in ranks.counted if name is not None]
+    if len(known) < ranks.size:
+        return Absent(f"counters of several {own.kind} devices are not read yet")
+    return own.reader(others=known)
 
 
 def _devices(device: Any, ranks: Ranks) -> int:

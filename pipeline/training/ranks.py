@@ -139,6 +139,8 @@ class Ranks:
         hosts: How many there are.
         meeting: Where ranks leave texts for one another; None: it is alone.
         files: The same as `control`, for the thread that writes a checkpoint.
+        counted: By rank, the name by which counters of its device are read; see
+            `Device.counted_as`.
     """
 
     place: Place = Place()
@@ -146,6 +148,7 @@ class Ranks:
     hosts: int = 1
     meeting: Meeting | None = None
     files: Any = None
+    counted: tuple[str | None, ...] = ()
     _turns: Iterator[int] = field(default_factory=count)  # what was told, and is
     _assemblies: Iterator[int] = field(default_factory=count)
 
@@ -417,6 +420,7 @@ def join(
     timeout_seconds: float,
     rendezvous_seconds: float | None = None,
     refusal: UserError | None = None,
+    counted: str | None = None,
 ) -> Ranks:
     """Meet the other ranks.
 
@@ -424,6 +428,7 @@ def join(
         backend: Of torch.distributed, for tensors: see `Device.collectives`. None: with `refusal`.
         rendezvous_seconds: Which they have to come. None: as many as to answer.
         refusal: Why this rank cannot take part; rank 0 says so, and all end.
+        counted: The name by which counters of this rank's device are read.
 
     Raises:
         UserError: If they do not come, or one of them cannot take part.
@@ -450,5 +455,6 @@ def join(
         remedy = "name the network that joins the hosts: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
         raise UserError("MASTER_ADDR", problem, remedy) from error
     ranks = Ranks(place, control, 1, meeting)
-    hosts = len(set(ranks.gathered(socket.gethostname())))
-    return Ranks(place, control, hosts, meeting, files)
+    everywhere = ranks.gathered((socket.gethostname(), counted))
+    hosts = len({host for host, _ in everywhere})
+    return Ranks(place, control, hosts, meeting, files, tuple(name for _, name in everywhere))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,9 @@ class Cpu(Device):
         which = "none is here" if named is None else f"CXX={named} is none"
         return attempted(_has_compiler, lambda _: f"torch.compile needs a C++ compiler, {which}")
 
-    def reader(self, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
+    def reader(
+        self, *, others: Sequence[str] = (), now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> Reader:
         return Absent("a CPU run uses no GPU")
 
     def takes_lengths(self, dtype: torch.dtype, width: int) -> bool:

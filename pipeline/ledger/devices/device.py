@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -162,8 +162,20 @@ class Device(ABC):
         """Return what torch's profiler records of it; None where it records nothing."""
         return None
 
-    def reader(self, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
-        """Return a reader of its counters."""
+    def counted_as(self) -> str | None:
+        """Return the name by which a reader of several devices knows it; None where there is no
+        such reader.
+        """
+        return None
+
+    def reader(
+        self, *, others: Sequence[str] = (), now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> Reader:
+        """Return a reader of its counters.
+
+        Args:
+            others: Further devices of this host to read with it, as `counted_as` names them.
+        """
         return Absent(f"no counters of {self.kind} devices are read yet")
 
     # -- copies -----------------------------------------------------------------------------------

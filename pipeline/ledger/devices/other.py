@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.settings.precision import Precision
@@ -177,7 +177,9 @@ class Mps(Other):
 
         return torch.mps.event.Event(enable_timing=True)
 
-    def reader(self, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
+    def reader(
+        self, *, others: Sequence[str] = (), now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> Reader:
         return Absent("macOS tells the energy of an mps device to its administrator alone")
 
     def generators(self) -> list[torch.device]:

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -118,15 +118,23 @@ class Cuda(Device):
 
         return ProfilerActivity.CUDA
 
-    def reader(self, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
-        """Return a reader of what NVML tells of it."""
-        import torch
+    def counted_as(self) -> str | None:
+        """Return its UUID, as NVML has it."""
+        return attempted(self._uuid, lambda _: None)
 
-        uuid = lambda: full_uuid(str(torch.cuda.get_device_properties(self.at).uuid))
+    def reader(
+        self, *, others: Sequence[str] = (), now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> Reader:
+        """Return a reader of what NVML tells of it."""
         return attempted(
-            lambda: open_reader([uuid()], now_ns=now_ns),
+            lambda: open_reader(list(dict.fromkeys([self._uuid(), *others])), now_ns=now_ns),
             lambda why: Absent(unmeasured("the GPU's state", why)),
         )
+
+    def _uuid(self) -> str:
+        import torch
+
+        return full_uuid(str(torch.cuda.get_device_properties(self.at).uuid))
 
     # -- copies -----------------------------------------------------------------------------------
 

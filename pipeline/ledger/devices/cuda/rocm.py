@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.settings.precision import Precision
@@ -60,7 +60,9 @@ class Rocm(Cuda):
 
         return torch.version.hip
 
-    def reader(self, *, now_ns: Callable[[], int] = time.monotonic_ns) -> Reader:
+    def reader(
+        self, *, others: Sequence[str] = (), now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> Reader:
         """Return a reader of what AMD SMI tells of it."""
         return attempted(
             lambda: open_reader(self._address(), now_ns=now_ns),
