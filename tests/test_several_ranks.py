@@ -403,10 +403,12 @@ def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
-def until_a_checkpoint(root: Path, launcher: subprocess.Popen[str]) -> None:
+def until_a_checkpoint(root: Path, launcher: subprocess.Popen[str], number: int = 1) -> None:
+    """Wait until so many stages have one."""
     until = time.monotonic() + 240
     while time.monotonic() < until:
-        if list(root.glob("mlruns/store/checkpoints/*/step-*/manifest.json")):
+        found = root.glob("mlruns/store/checkpoints/*/step-*/manifest.json")
+        if len({path.parent.parent for path in found}) >= number:
             return
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.1)
@@ -553,6 +555,40 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint_and_75(whom: str, tmp_path: 
     assert result_of(tmp_path)["status"] == "KILLED"
     again = ended([launched(tmp_path, *LONG, "budget.device_hours=1e-9")])[0]
     assert again[0] == 7
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("rank", "number", "ends"),
+    [(1, signal.SIGTERM, 75), (1, signal.SIGKILL, 1), (0, signal.SIGKILL, 1)],
+)
+def test_stages_made_at_once_end_together_and_go_on(
+    rank: int, number: signal.Signals, ends: int, tmp_path: Path
+) -> None:
+    """Each goes on from its own checkpoint; hours of both attempts add up, whoever was killed."""
+    asked = ["seeds=[0,1]", "parallel.stages=true", "training.checkpoint_every=5"]
+    asked += ["training.steps=120", "training.eval_every=120", "training.compile=never"]
+    launcher = launched(tmp_path, *asked)
+    until_a_checkpoint(tmp_path, launcher, number=2)
+    os.kill(ranks_of(launcher)[rank], number)
+    code, _, errors = ended([launcher])[0]
+    assert code == ends, errors
+    code, output, errors = ended([launched(tmp_path, *asked)])[0]
+    assert code == 0, errors
+    assert output.count("resuming from step") == 2
+    result = result_of(tmp_path)
+    rows = result["rows"]
+    assert sorted((row["seed"], row["attempt"], row["status"]) for row in rows) == [
+        *((0, 1, rows[0]["status"]), (0, 2, "FINISHED")),
+        *((1, 1, rows[0]["status"]), (1, 2, "FINISHED")),
+    ]
+    assert all(row["ledger"]["meter_valid"] for row in rows)
+    assert not [note for note in result["environment"]["notes"] if "please report it" in note]
+    for row in rows:
+        assert row["ledger"]["device_hours"]["work"]["value"] > 0
+    lost = [row["ledger"]["counts"]["steps_lost"]["value"] for row in rows]
+    assert (max(lost) == 0) == (number == signal.SIGTERM), lost
 
 
 @pytest.mark.slow
