@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from pipeline.ledger.flops import count_flops
 from pipeline.ledger.records import FORECAST, read_record, sealed
 from pipeline.ledger.shapes import ForecastPart, ForecastRecord
 from pipeline.report.forecast import forecast_line, forecast_table, record_lines, score_line
+from pipeline.runs.forecasting import _Forecaster, _part
 from pipeline.stages.base import Workload
 from pipeline.store.artifacts import write_json
 from pipeline.tasks.table import Task
@@ -116,6 +118,30 @@ def test_a_device_is_not_kept_busy_to_find_out_how_slow_it_is(
     monkeypatch.setattr(speed, "_of_product", product)
     assert speed.device_rate.__wrapped__(torch.device("meta")) == pytest.approx(rate)
     assert sides[-1] == largest
+
+
+def test_what_a_probe_held_is_the_forecast_of_memory(tmp_path: Path) -> None:
+    """Of one device: several ranks have a part of its batches each."""
+    record = {"step_s": 0.1, "eval_s": 0.1, "around_s": 1.0, "peak_bytes": 3 * 2**30}
+    (tmp_path / "probes").mkdir()
+    write_json(tmp_path / "probes" / "k.json", sealed(record))
+
+    def peaks(several: bool) -> dict[str, Any]:
+        session = SimpleNamespace(
+            ranks=SimpleNamespace(several=several), store=SimpleNamespace(root=tmp_path)
+        )
+        running: Any = SimpleNamespace(session=session)
+        nothing: Any = None
+        parts = [
+            _part(what, arm, 0, {"settings": key}, None)
+            for what, arm, key in (("work", "a", "k"), ("work", "b", "none"), ("assess", "a", "k"))
+        ]
+        return _Forecaster(running, None, nothing, probes=False)._peaks_of_probes(parts)
+
+    assert list(peaks(several=False)) == ["a"]
+    found = peaks(several=False)["a"]
+    assert found.estimate == found.low == 3 * 2**30 < found.high
+    assert peaks(several=True) == {}
 
 
 # -- memory ---------------------------------------------------------------------------------------

@@ -120,6 +120,8 @@ def test_every_way_to_share_a_training_gives_the_same(tmp_path: Path) -> None:
 
 RESUMED = {
     "ddp, resumed": 0.0,
+    "ddp, resumed beside": 0.0,
+    "fsdp, resumed beside": 0.0,
     "ddp, resumed as fsdp": 1e-4,
     "fsdp, resumed alone": 1e-4,
     "alone, resumed as fsdp": 1e-4,

@@ -61,6 +61,7 @@ EFFICIENCY, ANY_MODEL = 0.3, 0.8
 OF_A_PROBE = 0.12  # spread of the logarithm of what a stage takes, by its first steps
 OF_HOST_MEMORY = 0.1  # spread of the logarithm of what a process holds, from run to run
 LONG_S = 1800.0  # from here on a probe is below 1% of what it tells of
+PROBED_MOST = 1.1  # of what the first steps held: gaps between tensors come with time
 AROUND_STEPS_S = 2.0  # loading and saving, where nothing was measured
 NO_TOTAL = "no part of it is known here yet"
 
@@ -128,7 +129,7 @@ class _Forecaster:
             "missing": [_name(part) for part, found in foreseen if found is None],
             "totals": {
                 "device_hours": self._hours([each for _, each in foreseen if each is not None]),
-                "memory_bytes": _attempted(self._memory),
+                "memory_bytes": _attempted(lambda: self._memory(parts)),
                 "host_bytes": self._host(),
                 "disk_bytes": _attempted(lambda: self._disk(done)),
                 "energy_j": _attempted(lambda: self._energy(foreseen)),
@@ -210,8 +211,7 @@ class _Forecaster:
         work = self._workload(name, stage)
         if work is None or work.batches is None:
             return None
-        key = part["like"]["settings"]
-        path = session.store.root / "probes" / f"{key}.json"
+        path = self._probe_file(part["like"]["settings"])
         found = read_record(path, PROBE, so="it is taken again")
         if found is None and now:
             found = attempted(lambda: probe(self.running, name, stage), lambda _: None)
@@ -223,6 +223,9 @@ class _Forecaster:
         evaluations = steps // steps_between_evaluations(replace(work.batches, steps=steps))
         took = seconds(found, steps, evaluations)
         return Foreseen(expected([took], OF_A_PROBE), "a probe of its first steps")
+
+    def _probe_file(self, key: str) -> Path:
+        return self.running.session.store.root / "probes" / f"{key}.json"
 
     # -- what is alike ----------------------------------------------------------------------------
 
@@ -322,22 +325,42 @@ class _Forecaster:
         devices = self.running.session.devices
         return _total(scaled(added([each.seconds for each in parts]), devices / 3600))
 
-    def _memory(self) -> ForecastTotal:
-        """Return the most that any training takes on one device."""
+    def _memory(self, parts: Sequence[ForecastPart]) -> ForecastTotal:
+        """Return the most that any training takes on one device: what its first steps took where
+        they were tried, else by its parts.
+        """
         session = self.running.session
         if not device_of(session.device).counts_memory:
             return _unknown("this device's memory is the host's, or torch does not count it")
-        works = [self._workload(name, stage) for name, stage in session.stages.items()]
-        trained = [each for each in works if each is not None and each.trains]
+        works = {name: self._workload(name, stage) for name, stage in session.stages.items()}
+        trained = {name: each for name, each in works.items() if each is not None and each.trains}
         if not trained:
             return _unknown("nothing is trained whose model is known")
         spread = spread_of(self.running)
         tile = device_of(session.device).chunk_bytes
-        found = [training_memory(each, session.run.task, spread, tile).total for each in trained]
+        tried = self._peaks_of_probes(parts)
+        found = [
+            tried.get(name) or training_memory(each, session.run.task, spread, tile).total
+            for name, each in trained.items()
+        ]
         most = max(found, key=lambda each: each.estimate)
         if most.high == float("inf"):
             return _unknown("activations cannot be counted without data")
         return _total(most)
+
+    def _peaks_of_probes(self, parts: Sequence[ForecastPart]) -> dict[str, Interval]:
+        """Return by stage the most that its first steps held; the later ones do as they did."""
+        peaks: dict[str, Interval] = {}
+        if self.running.session.ranks.several:  # a probe has whole batches on one device
+            return peaks
+        for part in parts:
+            if part["what"] == "work" and part["arm"] is not None:
+                path = self._probe_file(part["like"]["settings"])
+                read = read_record(path, PROBE, so="it is taken again")
+                if read is not None and read["peak_bytes"] is not None:
+                    peak = float(read["peak_bytes"])
+                    peaks[part["arm"]] = Interval(peak, peak, PROBED_MOST * peak)
+        return peaks
 
     def _host(self) -> ForecastTotal:
         """Return the most memory of the host that runs with these settings held."""

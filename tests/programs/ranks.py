@@ -273,6 +273,7 @@ GROWING: dict[str, Any] = {
     "growth_fraction": 0.9,
 }
 IN_8_BITS: dict[str, Any] = {"optimizer": OptimizerKind.adamw_8bit_torchao}
+WRITTEN_BESIDE: dict[str, Any] = {"checkpoint_every": 1, "checkpoint_beside": True}
 CASES: dict[str, Callable[[Ranks, Path], dict[str, Any]]] = {
     "ddp": case(mode=Parallel.ddp),
     "ddp, taught": case(mode=Parallel.ddp, taught=True),
@@ -321,6 +322,12 @@ CASES: dict[str, Callable[[Ranks, Path], dict[str, Any]]] = {
     ),
     "ddp, resumed": partial(resumed, first=Parallel.ddp, then=Parallel.ddp),
     "fsdp, resumed": partial(resumed, first=Parallel.fsdp, then=Parallel.fsdp),
+    "ddp, resumed beside": partial(
+        resumed, first=Parallel.ddp, then=Parallel.ddp, changes=WRITTEN_BESIDE
+    ),
+    "fsdp, resumed beside": partial(
+        resumed, first=Parallel.fsdp, then=Parallel.fsdp, changes=WRITTEN_BESIDE
+    ),
     "ddp, resumed as fsdp": partial(resumed, first=Parallel.ddp, then=Parallel.fsdp),
     "fsdp, resumed alone": partial(resumed, first=Parallel.fsdp, then=Parallel.ddp, alone=True),
     "without sums": without_sums,
