@@ -201,6 +201,13 @@ def test_what_needs_another_waits_for_its_turn(root: Path) -> None:
     assert names == [{"student"}]
 
 
+def test_what_fits_no_device_by_itself_is_shared(root: Path) -> None:
+    running = begun(root, the_run(student=Splits([6]), control=Splits([10])))
+    session = dataclasses.replace(running.session, shared_by_need=frozenset({"control"}))
+    running = dataclasses.replace(running, session=session)
+    assert set(stages._ready(stages._runner(running, 0))) == {"student"}
+
+
 def test_a_stage_that_fails_ends_the_run_and_keeps_the_other(root: Path) -> None:
     running = begun(root, the_run(student=Splits([6]), control=Fails([10])))
     with pytest.raises(StageFailed, match="stage control: diverged"):

@@ -15,7 +15,7 @@ from pipeline.config.settings.run import Run
 from pipeline.config.settings.training import OptimizerKind
 from pipeline.forecast.memory import Spread, training_memory
 from pipeline.runs import fitting
-from pipeline.runs.fitting import check_memory, planned_spread, with_fitting_mode
+from pipeline.runs.fitting import check_memory, planned_spread, shared_by_need, with_fitting_mode
 from pipeline.stages.base import BeforeRun
 from pipeline.stages.train import TrainStage
 from pipeline.tasks.table import Task
@@ -104,6 +104,13 @@ def test_a_mode_that_is_named_stays(mode: Parallel, host: Any) -> None:
     known = known_of(mode)
     host(1.0)
     assert with_fitting_mode(known) == (known, [])
+
+
+def test_what_fits_no_device_by_itself_is_shared_by_need(host: Any) -> None:
+    known = known_of()
+    for room, shared in ((0.9, {"plain"}), (1.1, set[str]())):
+        host(room * needed(known, Spread()))
+        assert shared_by_need(known) == shared
 
 
 def test_one_process_shares_nothing_out(host: Any) -> None:

@@ -84,6 +84,22 @@ def with_fitting_mode(known: BeforeRun) -> tuple[BeforeRun, list[str]]:
     return chosen, said
 
 
+def shared_by_need(known: BeforeRun) -> frozenset[str]:
+    """Return the stages whose training fits no device by itself, with whole batches and weights:
+    ranks share them, also where `parallel.stages` has others made at once.
+    """
+    from pipeline.forecast.memory import Spread
+
+    have = _room(known.device, _place(known.run, known.device).size)
+    found = (
+        (name, None if have is None else _needed(known, work, Spread(), have))
+        for name, work in _trainings(known)
+    )
+    return frozenset(
+        name for name, each in found if each is not None and each.total.estimate > (have or 0.0)
+    )
+
+
 def in_mode(run: Run, mode: Parallel) -> Run:
     """Return a run whose ranks hold what `mode` says."""
     return replace(run, parallel=replace(run.parallel, mode=mode))

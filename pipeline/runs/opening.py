@@ -49,7 +49,7 @@ from pipeline.report.tables import WIDTH
 from pipeline.report.text import wrap
 from pipeline.runs.book import Book
 from pipeline.runs.environment import commit
-from pipeline.runs.fitting import planned_ranks
+from pipeline.runs.fitting import planned_ranks, shared_by_need
 from pipeline.runs.jobs import jobs_of
 from pipeline.runs.keys import reading_key, run_keys
 from pipeline.runs.preflight import (
@@ -200,6 +200,7 @@ def open_run(
             ranks=ranks,
             engine=ready.engine,
             gate=ready.gate,
+            shared_by_need=_shared_by_need(ready.known, ranks),
         )
         reserve_room(folder)
         state = {"key": ready.key, "status": "RUNNING", "pid": os.getpid(), "attempt": number}
@@ -247,6 +248,11 @@ def opened_aside(run: Run, clock: PhaseClock) -> Generator[tuple[Running, Before
             gate=ready.gate,
         )
         yield Running(session, Timeline(session), Book(session), lock=None), ready.known
+
+
+def _shared_by_need(known: BeforeRun | None, ranks: Ranks) -> frozenset[str]:
+    at_once = known is not None and ranks.several and known.run.parallel.stages
+    return shared_by_need(known) if known is not None and at_once else frozenset()
 
 
 def planned_devices(run: Run, device: Any) -> int:

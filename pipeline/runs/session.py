@@ -39,6 +39,7 @@ class Session:
         ranks: The processes that share it; this is the first.
         engine: By arm, what `serving.results` declares.
         gate: Of a release check.
+        shared_by_need: Stages that no device can train by itself.
     """
 
     run: Run
@@ -60,6 +61,7 @@ class Session:
     ranks: Ranks = ALONE
     engine: dict[str, EngineResult] = field(default_factory=dict)
     gate: Gate | None = None
+    shared_by_need: frozenset[str] = frozenset()
     memory: MemoryMeter = field(default_factory=MemoryMeter)
 
     @property

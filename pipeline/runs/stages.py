@@ -87,8 +87,8 @@ def _make_at_once(running: Running, runners: dict[int, StageRunner]) -> None:
 
 def _ready(runner: StageRunner) -> dict[str, Stage]:
     """Return the stages that all ranks would share, whose models are there and which none has made
-    yet. One that may be refused, or that tries fallbacks, waits for its turn; so does one whose
-    steps are to match the FLOPs of another.
+    yet. One that may be refused, that tries fallbacks, or that fits no device by itself waits for
+    its turn; so does one whose steps are to match the FLOPs of another.
     """
     session, arms = runner.running.session, runner.running.book.arms
     found: dict[str, Stage] = {}
@@ -96,6 +96,7 @@ def _ready(runner: StageRunner) -> dict[str, Stage]:
         wanted = {*arms_read(stage, session.run), *stage.matched(session.run)}
         there = all((arm, runner.seed) in arms for arm in wanted)
         alone = stage.optional or stage.may_be_refused() or stage.fallbacks(name)
+        alone = alone or name in session.shared_by_need
         if (name, runner.seed) in arms or alone or not there or not stage.is_split(session.run):
             continue
         if runner.unavailable(name, stage) is None:
