@@ -23,13 +23,14 @@ from pipeline.config.settings.run import Run
 from pipeline.errors import Preempted, StageFailed
 from pipeline.ledger.journal import read_events
 from pipeline.ledger.phases import PhaseClock
-from pipeline.ledger.values import Value
+from pipeline.ledger.values import Value, measured
 from pipeline.runs import stages
 from pipeline.runs.assemble import disagreements
 from pipeline.runs.lane import Beside, work_beside
 from pipeline.runs.opening import why_unusable
 from pipeline.runs.running import Running
 from pipeline.runs.stages import run_stages
+from pipeline.stages.context import Output
 from pipeline.training.meeting import Meeting
 from pipeline.training.ranks import Place, Ranks
 
@@ -65,6 +66,28 @@ class Stops(Splits):
         stop = ctx.should_stop()
         assert stop is not None, "rank 1 was told to"
         raise stop("stopped")
+
+
+@dataclass
+class Counted(Splits):
+    """Says before what it will take, rightly or not, and after it what it took."""
+
+    plans: float | None = 100.0
+
+    def planned(self, inputs: Any, ctx: Any) -> Output | None:
+        return None if self.plans is None else Output(counts={"model_flops": measured(self.plans)})
+
+    def run(self, inputs: Any, ctx: Any) -> Output:
+        output = Splits.run(self, inputs, ctx)
+        return dataclasses.replace(output, counts={**output.counts, "model_flops": measured(100.0)})
+
+
+@dataclass
+class Matches(Splits):
+    """Takes as much as the student."""
+
+    def matched(self, run: Run) -> tuple[str, ...]:
+        return ("student",)
 
 
 class Store:
@@ -199,6 +222,34 @@ def test_what_needs_another_waits_for_its_turn(root: Path) -> None:
     running = begun(root, run)
     names = [set(stages._ready(stages._runner(running, 0)))]
     assert names == [{"student"}]
+
+
+def test_what_matches_another_is_made_beside_it_by_a_count_before(root: Path) -> None:
+    run = the_run(student=Counted([6]), control=Matches([10]))
+    running = begun(root, run)
+    run_stages(running)
+    assert of_rows(running, "work") == {("student", 1): 6, ("control", 1): 10}
+    assert total(running, "work") == 16  # found made at its turn
+
+
+def test_a_count_that_was_wrong_is_told_and_the_stage_is_made_again(root: Path) -> None:
+    running = begun(root, the_run(student=Counted([6], plans=90.0), control=Matches([10, 8])))
+    with pytest.raises(StageFailed, match=r"control: its steps match 90 FLOPs .* 100 were spent"):
+        run_stages(running)
+    assert disagreements(running) == []
+    run = the_run(student=Counted([6], plans=90.0), control=Matches([10, 8]))
+    again = open_fake(root, "run-1", 2, run, devices=2)
+    run_stages(again)
+    assert of_rows(again, "work")["control", 2] == 16  # 8 minutes, of both devices
+    assert disagreements(again) == []
+
+
+def test_what_nobody_can_count_before_is_waited_for(root: Path) -> None:
+    running = begun(root, the_run(student=Counted([6], plans=None), control=Matches([10])))
+    runners = {0: stages._runner(running, 0)}
+    [(name, stage)] = stages._ready(runners[0]).items()
+    assert name == "student"
+    assert stages._matching(runners, [stages._lane(runners[0], name, stage)]) == []
 
 
 def test_what_fits_no_device_by_itself_is_shared(root: Path) -> None:

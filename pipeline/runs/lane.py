@@ -10,14 +10,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.arms import file_name
 from pipeline.config.settings.run import Run
 from pipeline.errors import BudgetSpent, Preempted, StageFailed, UserError
+from pipeline.ledger.attempted import attempted
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.memory import MemoryMeter
 from pipeline.ledger.phases import PhaseClock, difference
@@ -155,6 +157,22 @@ def work(
         report("say", note)
     read = {part: value.to_json() for part, value in memory.read(device).items()}
     return Worked(taken(), host, read, artifact, output.to_json())
+
+
+def planned(
+    lane: Lane, *, run: Run, device: Any, data: Dataset, clock: PhaseClock
+) -> Output | None:
+    """Return what a stage will report of its FLOPs, without doing it; None where that is not known
+    before, or could not be found out.
+    """
+    silent = lambda *_: None
+    with TemporaryDirectory() as folder:
+        context = _context(
+            lane, run, device, data, clock, silent, silent, lambda *_: nullcontext(silent), dict
+        )
+        context.out = Path(folder) / "out"
+        context.out.mkdir()
+        return attempted(lambda: lane.stage.planned(lane.inputs, context), lambda _: None)
 
 
 def _context(

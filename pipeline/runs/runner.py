@@ -135,19 +135,26 @@ class StageRunner:
         roles = stage.inputs(session.run)
         return {role: arms[arm, self.seed].artifact for role, arm in roles.items()}
 
-    def matched_flops(self, stage: Stage) -> float | None:
+    def matched_flops(
+        self, stage: Stage, planned: Mapping[str, Output] | None = None
+    ) -> float | None:
         """Return the FLOPs that a stage may spend which matches others; None where it matches none,
         or theirs are unknown.
+
+        Args:
+            planned: What arms that are not made yet will report of them.
         """
         arms = stage.matched(self.running.session.run)
-        outputs = [self.output(arm) for arm in arms]
+        outputs = [(planned or {}).get(arm) or self.output(arm) for arm in arms]
         known = [None if output is None else _flops_of(output) for output in outputs]
         return None if None in known or not known else sum(each or 0.0 for each in known)
 
-    def like(self, stage: Stage) -> Output | None:
-        """Return what the stage reported that a stage is like."""
+    def like(self, stage: Stage, planned: Mapping[str, Output] | None = None) -> Output | None:
+        """Return what the stage reported, or as planned will report, that a stage is like."""
         reference = stage.references(self.running.session.run).get(LIKE)
-        return None if reference is None else self.output(reference.arm)
+        if reference is None:
+            return None
+        return (planned or {}).get(reference.arm) or self.output(reference.arm)
 
     def output(self, arm: str) -> Output | None:
         found = self.running.book.arms.get((arm, self.seed))

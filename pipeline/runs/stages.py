@@ -10,24 +10,36 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config.arms import BASE
-from pipeline.errors import BudgetSpent, Preempted
+from pipeline.errors import BudgetSpent, Preempted, StageFailed
 from pipeline.ledger.shapes import HistoryEntry, RankTime
 from pipeline.report.progress import progress_bar
 from pipeline.runs.base_model import base_artifact
 from pipeline.runs.book import Arm
 from pipeline.runs.keys import stage_key
-from pipeline.runs.lane import REPORT_S, Beside, Lane, Reports, Worked, alive, share_of, work
+from pipeline.runs.lane import (
+    REPORT_S,
+    Beside,
+    Lane,
+    Reports,
+    Worked,
+    alive,
+    planned,
+    share_of,
+    work,
+)
 from pipeline.runs.resume import from_checkpoint
 from pipeline.runs.rows import broken_row, made_row
 from pipeline.runs.runner import StageRunner
 from pipeline.runs.running import Running
 from pipeline.runs.timeline import Ended
 from pipeline.stages.base import Stage, WarmUp, arms_read
+from pipeline.stages.context import Output
 from pipeline.training.meeting import Meeting
 
 
@@ -69,9 +81,11 @@ def _make_at_once(running: Running, runners: dict[int, StageRunner]) -> None:
         for runner in runners.values()
         for name, stage in _ready(runner).items()
     ]
-    if len(ready) < 2:
-        return
     lanes = [_lane(*each) for each in ready]
+    if lanes and len(lanes) < running.session.ranks.size:
+        lanes += _matching(runners, lanes)
+    if len(lanes) < 2:
+        return
     with ExitStack() as held:
         # in one order for everybody: who waits for one holds none that comes after it
         for lane in sorted(lanes, key=lambda each: each.key):
@@ -85,15 +99,41 @@ def _make_at_once(running: Running, runners: dict[int, StageRunner]) -> None:
             _AtOnce(running, runners, lanes, meeting, f"beside/{uuid.uuid4().hex}").make()
 
 
-def _ready(runner: StageRunner) -> dict[str, Stage]:
+def _matching(runners: dict[int, StageRunner], lanes: list[Lane]) -> list[Lane]:
+    """Return the stages whose steps are to match the FLOPs of stages that are about to be made:
+    those are counted before.
+    """
+    found: list[Lane] = []
+    for seed, runner in runners.items():
+        session = runner.running.session
+        others = {lane.name: lane for lane in lanes if lane.seed == seed}
+        for name, stage in _ready(runner, frozenset(others)).items():
+            wanted = {*stage.matched(session.run)} & set(others)
+            if name in others or not wanted:
+                continue
+            about: dict[str, Any] = {"device": session.device, "data": session.data}
+            plans = {
+                arm: planned(others[arm], run=session.run, clock=session.clock, **about)
+                for arm in wanted
+            }
+            known = {arm: plan for arm, plan in plans.items() if plan is not None}
+            if known.keys() == wanted:
+                found.append(_lane(runner, name, stage, known))
+    return found
+
+
+def _ready(runner: StageRunner, made: frozenset[str] = frozenset()) -> dict[str, Stage]:
     """Return the stages that all ranks would share, whose models are there and which none has made
     yet. One that may be refused, that tries fallbacks, or that fits no device by itself waits for
     its turn; so does one whose steps are to match the FLOPs of another.
+
+    Args:
+        made: Arms whose FLOPs count as known.
     """
     session, arms = runner.running.session, runner.running.book.arms
     found: dict[str, Stage] = {}
     for name, stage in session.stages.items():
-        wanted = {*arms_read(stage, session.run), *stage.matched(session.run)}
+        wanted = {*arms_read(stage, session.run), *({*stage.matched(session.run)} - made)}
         there = all((arm, runner.seed) in arms for arm in wanted)
         alone = stage.optional or stage.may_be_refused() or stage.fallbacks(name)
         alone = alone or name in session.shared_by_need
@@ -104,11 +144,18 @@ def _ready(runner: StageRunner) -> dict[str, Stage]:
     return found
 
 
-def _lane(runner: StageRunner, name: str, stage: Stage) -> Lane:
+def _lane(
+    runner: StageRunner, name: str, stage: Stage, plans: Mapping[str, Output] | None = None
+) -> Lane:
+    """Return what a rank is told of a stage.
+
+    Args:
+        plans: What stages that it matches will report of their FLOPs.
+    """
     session, seed = runner.running.session, runner.seed
-    inputs, matched = runner.inputs(name, stage), runner.matched_flops(stage)
+    inputs, matched = runner.inputs(name, stage), runner.matched_flops(stage, plans)
     key = stage_key(session, name, stage, inputs, seed, matched)
-    like = runner.like(stage)
+    like = runner.like(stage, plans)
     return Lane(
         name=name,
         stage=stage,
@@ -189,10 +236,31 @@ class _AtOnce:
         errors = [each.error for each in self.worked.values() if each.error is not None]
         if broken is not None or errors:
             raise broken or errors[0]
+        self._check_plans()
         self.running.book.notes.append(
             f"{', '.join(made)} were made at once (parallel.stages): each by one of"
             f" {session.ranks.size} ranks, whose time it is booked with"
         )
+
+    def _check_plans(self) -> None:
+        """Refuse a stage that has matched what another one was to spend, and did not.
+
+        Raises:
+            StageFailed: Naming it.
+        """
+        for lane in self.lanes:
+            spent = {
+                other.name: Output.from_json(self.worked[rank].output)  # pyright: ignore[reportArgumentType]
+                for rank, other in enumerate(self.lanes)
+                if other.seed == lane.seed
+            }
+            found = self.runners[lane.seed].matched_flops(lane.stage, spent)
+            if found != lane.matched_flops:
+                raise StageFailed(
+                    f"stage {lane.name}: its steps match {lane.matched_flops:.6g} FLOPs that were"
+                    f" planned, and {found or 0.0:.6g} were spent; the same command makes it again,"
+                    " after what it matches"
+                )
 
     # -- while they work --------------------------------------------------------------------------
 

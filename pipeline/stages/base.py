@@ -235,6 +235,12 @@ class Stage(ABC):
             inputs: The artifacts of `inputs`, by role.
         """
 
+    def planned(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output | None:
+        """Return what it will report of its FLOPs, without doing it; None where its steps decide
+        that.
+        """
+        return None
+
     def trains(self, run: Run) -> bool:
         """Return whether it takes optimizer steps."""
         return False

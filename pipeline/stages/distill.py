@@ -37,3 +37,9 @@ class DistillStage(DistillSettings):
         from pipeline.stages.training import run_training
 
         return run_training(self, inputs, ctx, distill=self)
+
+    def planned(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output | None:
+        """Return the FLOPs of its batches; None where the student writes some of them."""
+        from pipeline.stages.training import planned_flops
+
+        return None if self.on_policy else planned_flops(self, inputs, ctx, distill=self)

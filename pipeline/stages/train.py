@@ -90,3 +90,9 @@ class TrainStage(TrainingOverrides):
         from pipeline.stages.training import run_training
 
         return run_training(self, inputs, ctx)
+
+    def planned(self, inputs: Mapping[str, Artifact], ctx: Context) -> Output | None:
+        """Return the FLOPs of its batches."""
+        from pipeline.stages.training import planned_flops
+
+        return planned_flops(self, inputs, ctx)

@@ -65,7 +65,7 @@ from pipeline.tasks.table import Task
 from pipeline.training.activations import checkpoint_activations
 from pipeline.training.cadence import said as cadence_said
 from pipeline.training.compiling import said as compile_said
-from pipeline.training.loop import Hooks, Progress, train
+from pipeline.training.loop import Hooks, Progress, taught_by, train
 from pipeline.training.objective import Objective, Teacher, columns_of, parameter_hash
 from pipeline.training.overlapping import said as overlap_said
 from pipeline.training.precision import arithmetic, round_weights
@@ -203,6 +203,36 @@ def run_training(
     if head is not None:
         about["head"] = head
     return replace(output, notes=notes, gpu_timeline=timeline, about=about)
+
+
+def planned_flops(
+    stage: TrainingOverrides,
+    inputs: Mapping[str, Artifact],
+    ctx: Context,
+    *,
+    distill: DistillSettings | None = None,
+) -> Output | None:
+    """Return the FLOPs that `run_training` will report: models and batches are made as it does, and
+    no step is taken.
+    """
+    completions = None if distill is None else distill.completions
+    if completions is not None:
+        distill = None
+    settings = planned_settings(stage, ctx)
+    with ctx.clock.phase("model_load"):
+        model, tokenizer, _ = _start(stage, inputs, settings, ctx)
+    if settings.steps == 0:
+        return None
+    ready = _prepare(stage, distill, completions, model, tokenizer, inputs, settings, ctx)
+    whole = of_model = 0.0
+    with ctx.clock.phase("prepare"):
+        for step in range(settings.steps):
+            batch = ready.batches.batch(step)
+            own, teacher = ready.flops(taught_by(batch, settings.gradient_accumulation)[1])
+            of_model, whole = of_model + own, whole + own + teacher
+    counts = {**_no_counts(), "model_flops": ready.flops.total(whole)}
+    output = Output(counts=counts, flops_per_step=of_model / settings.steps)
+    return ready.flops.add_to(output, whole)
 
 
 def _as_it_is(

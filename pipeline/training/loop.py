@@ -258,20 +258,7 @@ class _Loop:
             batch = batches.batch(progress.step)
         batch = self.shared.completed(self.objective, batch, progress.step)
         with clock.phase("data_wait"):
-            # One dict a micro-batch: each tensor is cut along its rows, `{name: (B / accumulation,
-            # ...)}`.
-            micro = [
-                dict(zip(batch, part, strict=True))
-                for part in zip(
-                    *(
-                        tensor.chunk(self.settings.gradient_accumulation)
-                        for tensor in batch.values()
-                    ),
-                    strict=True,
-                )
-            ]
-            # what has no target would teach nothing
-            computed = [part for part in micro if num_targets(part)]
+            computed, learnt = taught_by(batch, self.settings.gradient_accumulation)
             counts = [num_targets(part) for part in computed]
         for number, part in enumerate(computed, 1):
             # Weighted by targets, the means of the micro-batches add up to the mean of the batch,
@@ -281,9 +268,8 @@ class _Loop:
         with clock.phase("optimizer"):
             self._update()
         progress.step += 1
-        # what was written was computed, learnt or not
-        if len(computed) < len(micro) and "sampled" not in batch:
-            batch = _joined(batch, computed)
+        if "sampled" not in batch:  # what was written was computed, learnt or not
+            batch = learnt
         progress.examples += len(batch["labels"])
         progress.tokens += num_tokens(batch)
         progress.target_tokens += sum(counts)
@@ -634,13 +620,25 @@ def _wait(loop: _Loop) -> None:
         device_of(loop.objective.device).synchronise()
 
 
-def _joined(batch: dict[str, Tensor], parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return those micro-batches of a batch that were computed, as one."""
-    return {
-        # `tensor[:0]` keeps shape and dtype where no part was computed.
+def taught_by(
+    batch: dict[str, Tensor], accumulation: int
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the micro-batches of a batch that have a target, and these as one batch: others would
+    teach nothing, and are not computed.
+
+    Each tensor (B, ...) is cut along its rows into `accumulation` parts.
+    """
+    cut = (tensor.chunk(accumulation) for tensor in batch.values())
+    micro = [dict(zip(batch, part, strict=True)) for part in zip(*cut, strict=True)]
+    parts = [part for part in micro if num_targets(part)]
+    if len(parts) == len(micro):
+        return parts, batch
+    joined = {
+        # `tensor[:0]` keeps shape and dtype where no part is left
         name: torch.cat([tensor[:0], *(part[name] for part in parts)])
         for name, tensor in batch.items()
     }
+    return parts, joined
 
 
 def _on_its_way(step: int, done: StepLoss, device: torch.device, kind: str = "text") -> Reading:
