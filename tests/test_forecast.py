@@ -218,7 +218,8 @@ def wide(config: Any) -> Any:
     names = config.attribute_map
     sizes = {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 2048}
     sizes |= {} if "n_embd" in names.values() else {"intermediate_size": 768}
-    return type(config)(**{**config.to_dict(), **{names.get(k, k): v for k, v in sizes.items()}})
+    given = {k: v for k, v in config.to_dict().items() if k != "layer_types"}  # one for each layer
+    return type(config)(**{**given, **{names.get(k, k): v for k, v in sizes.items()}})
 
 
 def peak_of(asked: Workload, folder: Path) -> int:
