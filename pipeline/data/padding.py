@@ -91,8 +91,13 @@ class Padding:
         if left and not same:
             found = replace(found, is_left=False, counts_positions=False)
             same = found.has_mask and _changes_nothing(found, model)
-        vars(model)[ONE_LENGTH] = not same
-        return replace(found, one_length=not same)
+        found = replace(found, one_length=not same)
+        found.note_on(model)
+        return found
+
+    def note_on(self, model: Any) -> None:
+        """Have a model keep what was found of it, or of another one with its weights."""
+        vars(model)[ONE_LENGTH] = self.one_length
 
     @property
     def note(self) -> str | None:

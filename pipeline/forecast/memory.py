@@ -130,8 +130,9 @@ def training_memory(
     if work.teacher is not None:
         taught_by, precision = work.teacher
         of = size_of(taught_by, task)
-        narrow = 0 if precision in THIRTY_TWO else of.of_layers
-        teacher = (FP32 * of.parameters - HALF * narrow) / spread.shards
+        layers = (FP32 if precision in THIRTY_TWO else HALF) * of.of_layers
+        # its embeddings and head are whole on every device
+        teacher = FP32 * (of.parameters - of.of_layers) + layers / spread.shards
     kept, again = _activations(work, task, tokens)
     return TrainingMemory(
         weights=own * (FP32 + HALF if pure else FP32) + gathered,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,13 +173,12 @@ def keep_attention(model: Any) -> None:
             name.startswith(f"{outer}.") for outer in found
         ):
             found.append(name)
-            kind = module.attention_type
+            module.register_forward_pre_hook(partial(_restore_attention, module.attention_type))
 
-            def restore(module: Any, _inputs: Any, kind: Any = kind) -> None:
-                if module.attention_type != kind:
-                    module.set_attention_type(kind)
 
-            module.register_forward_pre_hook(restore)
+def _restore_attention(kind: Any, module: Any, _inputs: Any) -> None:
+    if module.attention_type != kind:
+        module.set_attention_type(kind)
 
 
 def first_not_finite(model: Any) -> str | None:

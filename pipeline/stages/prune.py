@@ -31,9 +31,12 @@ from pipeline.stages.settings import training_precision, training_settings
 from pipeline.training.ranks import agreed_stop
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.stages.context import Context, Output
     from pipeline.stages.training import Start
     from pipeline.store.artifacts import Artifact
+    from pipeline.training.holding import Holding
 
 # ruff: noqa: UP045
 
@@ -142,17 +145,17 @@ class PruneStage(DistillSettings):
             inputs,
             ctx,
             distill=replace(self, allow_weak_teacher=of_itself),
-            start=lambda: self._start(inputs, ctx, found),
+            start=lambda held: self._start(inputs, ctx, held, found),
         )
         said = f"{ctx.stage}: dropped layers {', '.join(map(str, found['dropped']))} of"
         said = f"{said} {found['layers']}"
         about: AboutPruned = {**made.about, "pruning": found}
         return replace(made, notes=(said, *made.notes), about=about)
 
-    def _start(self, inputs: Mapping[str, Artifact], ctx: Context, found: Pruned) -> Start:
-        """Return the cut model on the device, its tokenizer, and what saves it; `found` takes what
-        was found.
-        """
+    def _start(
+        self, inputs: Mapping[str, Artifact], ctx: Context, held: Holding, found: Pruned
+    ) -> Start:
+        """Return the cut model, its tokenizer, and what saves it; `found` takes what was found."""
         from pipeline.models.layers import layer_count, with_layers
         from pipeline.models.load import save_model
         from pipeline.stages.training import start_weights
@@ -163,9 +166,9 @@ class PruneStage(DistillSettings):
         kept = list(range(layer_count(model.config)))
         found["layers"] = len(kept)
 
-        def cut(chosen: Sequence[int]) -> Any:
+        def cut(chosen: Sequence[int], device: torch.device = ctx.device) -> Any:
             made: Any = with_layers(model, chosen, f"{key}.drop", scratch=ctx.out.parent)
-            return made.to(ctx.device)
+            return made.to(device)
 
         with ctx.clock.phase("search"):
             for _ in range(self.num_dropped(len(kept), key)):
@@ -174,7 +177,8 @@ class PruneStage(DistillSettings):
                 found["trials"].append(read)
                 found["dropped"].append(least_missed)
                 kept.remove(least_missed)
-        return cut(kept), tokenizer, lambda trained: save_model(trained, tokenizer, ctx.out)
+        left = held.made(lambda: cut(kept, held.device))
+        return left, tokenizer, lambda trained: save_model(trained, tokenizer, ctx.out)
 
     def _trials(
         self, cut: Any, kept: Sequence[int], tokenizer: Any, ctx: Context

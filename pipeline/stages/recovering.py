@@ -21,6 +21,7 @@ from pipeline.stages.context import Context, Output
 from pipeline.stages.conversion import Conversion, setting
 from pipeline.stages.distill_settings import DistillSettings
 from pipeline.stages.training import Start, run_training
+from pipeline.training.holding import Holding
 
 if TYPE_CHECKING:
     from pipeline.store.artifacts import Artifact
@@ -44,8 +45,11 @@ def run_recovery(
         source = _smoothed(into, inputs[MODEL].path, Path(folder) / "smoothed", ctx)
         trained = Path(folder) / "trained"
 
-        def start() -> Start:
-            model: Any = load_model(source, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
+        def start(held: Holding) -> Start:
+            task, labels = ctx.run.task, ctx.data.labels
+            model: Any = held.made(
+                lambda: load_model(source, task, device=held.device, labels=labels)
+            )
             plan = plan_for(
                 into.format,
                 model.config,

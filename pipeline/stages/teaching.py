@@ -28,7 +28,9 @@ from pipeline.stages.base import CACHE, TEACHER
 from pipeline.stages.context import Context
 from pipeline.stages.distill_settings import MIXTURES, DistillSettings
 from pipeline.stages.settings import training_precision, training_settings
+from pipeline.training.holding import Holding
 from pipeline.training.objective import CachedTeacher, Objective, Teacher, check_tokenizers
+from pipeline.training.parallel import Shared
 from pipeline.training.precision import frozen
 from pipeline.training.prefetch import Batches
 from pipeline.training.schedule import ramp
@@ -40,7 +42,11 @@ if TYPE_CHECKING:
 
 
 def load_teacher(
-    stage: DistillSettings, inputs: Mapping[str, Artifact], tokenizer: Any, ctx: Context
+    stage: DistillSettings,
+    inputs: Mapping[str, Artifact],
+    tokenizer: Any,
+    held: Holding,
+    ctx: Context,
 ) -> Teacher:
     """Load a live teacher, frozen.
 
@@ -48,8 +54,8 @@ def load_teacher(
         UserError: If it numbers tokens differently.
     """
     with ctx.clock.phase("model_load"):
-        path = inputs[TEACHER].path
-        model = load_model(path, ctx.run.task, device=ctx.device, labels=ctx.data.labels)
+        path, labels = inputs[TEACHER].path, ctx.data.labels
+        model = held.made(lambda: load_model(path, ctx.run.task, device=held.device, labels=labels))
         model.requires_grad_(requires_grad=False)
         check_tokenizers(tokenizer, load_tokenizer(path))
     precision = frozen(stage.teacher_precision or training_precision(stage, ctx.run), ctx.device)
@@ -207,13 +213,22 @@ def on_policy_batches(
 
 
 def teachers_share(
-    objective: Objective, text: Batches, settings: TrainingConfig, ctx: Context
+    objective: Objective,
+    text: Batches,
+    settings: TrainingConfig,
+    shared: Shared | None,
+    ctx: Context,
 ) -> float:
-    """Return the teacher's share of the gradient on the last micro-batch of text."""
+    """Return the teacher's share of the gradient on the last micro-batch of text.
+
+    Args:
+        shared: How ranks share the weights, each of which calls this; None: this process has all.
+    """
     with ctx.clock.phase("eval"):
         rows = settings.batch_size // settings.gradient_accumulation
         last = text.batch(settings.steps - 1)
-        return gradient_share(objective, {name: tensor[:rows] for name, tensor in last.items()})
+        batch = {name: tensor[:rows] for name, tensor in last.items()}
+        return gradient_share(objective, batch, shared)
 
 
 def _loss(stage: DistillSettings) -> Loss:

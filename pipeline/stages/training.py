@@ -5,6 +5,7 @@ model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from pipeline.ledger.traced_steps import StepTracer, step_tracer
 from pipeline.ledger.values import Value, derive, estimated, measured, null
 from pipeline.models.load import (
     example_length,
+    load_config,
     load_model,
     load_tokenizer,
     quantized_by,
@@ -39,7 +41,7 @@ from pipeline.models.load import (
 )
 from pipeline.models.student import make_student, stack_layers
 from pipeline.models.weights import refuse_not_finite
-from pipeline.stages.base import MODEL, STUDENT_SOURCE
+from pipeline.stages.base import MODEL, STUDENT_SOURCE, TEACHER
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill_settings import DistillSettings
 from pipeline.stages.head_choice import choose_head
@@ -65,12 +67,14 @@ from pipeline.tasks.table import Task
 from pipeline.training.activations import checkpoint_activations
 from pipeline.training.cadence import said as cadence_said
 from pipeline.training.compiling import said as compile_said
+from pipeline.training.holding import Holding
 from pipeline.training.loop import Hooks, Progress, taught_by, train
 from pipeline.training.objective import Objective, Teacher, columns_of, parameter_hash
 from pipeline.training.overlapping import said as overlap_said
+from pipeline.training.parallel import Shared, share
 from pipeline.training.precision import arithmetic, round_weights
 from pipeline.training.prefetch import Batches
-from pipeline.training.reading import Examined, check_attention, examine
+from pipeline.training.reading import Examined, check_attention, examine, read_alike
 from pipeline.training.schedule import first_row, sequence_length, steps_between_evaluations
 from pipeline.training.selfcheck import LEAST_SHARE, check_teacher
 
@@ -78,7 +82,7 @@ if TYPE_CHECKING:
     from pipeline.store.artifacts import Artifact
 
 Start = tuple[Any, Any, Callable[[Any], None]]
-"""A model on the device, its tokenizer, and what saves the model once it is trained."""
+"""A model as `Holding` has it, its tokenizer, and what saves the model once it is trained."""
 NO_TEACHER = "no distillation in this stage"
 VALIDATION_BYTES = 1024  # of each validation document that a reading during training looks at
 
@@ -95,6 +99,7 @@ class _Prepared:
         active: Share of the parameters that a token meets.
         said: What there is to tell of how FLOPs are counted and logits made.
         frozen: A hash of the teacher's parameters before the first step.
+        teacher_held: Who has the teacher's weights before they are shared.
     """
 
     model: Any
@@ -110,6 +115,7 @@ class _Prepared:
     active: Value
     said: list[str | None]
     frozen: str | None
+    teacher_held: Holding
 
 
 def run_training(
@@ -118,13 +124,13 @@ def run_training(
     ctx: Context,
     *,
     distill: DistillSettings | None = None,
-    start: Callable[[], Start] | None = None,
+    start: Callable[[Holding], Start] | None = None,
 ) -> Output:
     """Train (or distil) as `stage` says and save the model into `ctx.out`.
 
     Args:
         distill: The same stage where it learns from a teacher, or from completions.
-        start: What to begin with in place of what `stage.model` names.
+        start: Gives what to begin with in place of what `stage.model` names, held as it is told.
     """
     completions = None if distill is None else distill.completions
     if completions is not None:  # taught by texts: no distribution to follow
@@ -132,24 +138,33 @@ def run_training(
     settings = planned_settings(stage, ctx)
     # Before the model: a fresh student, and new heads, are drawn from it.
     torch.manual_seed(ctx.seed)
+    held = Holding.of(ctx.ranks, ctx.run.parallel.mode, ctx.device)
+    if settings.steps == 0:  # nothing is shared
+        held = Holding(ctx.device)
     with ctx.clock.phase("model_load"):
-        model, tokenizer, save = _start(stage, inputs, settings, ctx) if start is None else start()
+        model, tokenizer, save = (
+            _start(stage, inputs, settings, held, ctx) if start is None else start(held)
+        )
         if settings.activation_checkpointing:
             where = "training" if stage.activation_checkpointing is None else f"stages.{ctx.stage}"
             checkpoint_activations(model, f"{where}.activation_checkpointing")
         # NaN weights would show as a loss of NaN hours later, far from their cause.
-        refuse_not_finite(model, *_start_of(stage, ctx))
+        held.found(lambda: refuse_not_finite(model, *_start_of(stage, ctx)))
     if settings.steps == 0:
         return _as_it_is(model, save, inputs, ctx)
-    ready = _prepare(stage, distill, completions, model, tokenizer, inputs, settings, ctx)
+    ready = _prepare(stage, distill, completions, model, tokenizer, inputs, settings, held, ctx)
     choice = None
     if ready.objective.precision is Precision.auto:
         choice = _chosen(stage, ready.trained, ready.objective, ready.batches, settings, ctx)
         ready.objective.precision = choice.precision
-    validate = validation_reading(model, tokenizer, settings, ready.objective.precision, ctx)
+    precision = ready.objective.precision
+    validate = validation_reading(model, tokenizer, settings, precision, ctx, held)
+    check = _teaching_check(distill, ready, validate, settings, ctx)
+    shared = _shared(ready, ctx) if held.is_apart else None
+    with ctx.ranks.watched(), nullcontext() if shared is None else shared.whole():
+        check()
     head = None
     if distill is not None:
-        _check_teaches(distill, ready, validate, settings, ctx)
         key = f"stages.{ctx.stage}.head"
         head = choose_head(
             key,
@@ -160,12 +175,16 @@ def run_training(
             folder=ctx.checkpoints,
             ranks=ctx.ranks,
         )
-    progress, timeline = _loop(ready, validate, settings, ctx)
-    with ctx.clock.phase("checkpoint"):  # of what ranks share, all have to be asked
+    progress, timeline = _loop(ready, validate, settings, shared, ctx)
+    share = null(NO_TEACHER)
+    if ctx.ranks.is_first or shared is not None:  # of what ranks share, all have to be asked
+        share = _share_of_teacher(distill, ready, settings, shared, ctx)
+    with ctx.clock.phase("checkpoint"), ctx.ranks.watched():
         moved = ready.teacher is not None and parameter_hash(ready.teacher.model) != ready.frozen
+        if shared is not None:
+            shared.end()
     if not ctx.ranks.is_first:  # the first one saves, and says what it was
         return Output(counts=_no_counts())
-    share = _share_of_teacher(distill, ready, settings, ctx)
     with ctx.clock.phase("checkpoint"):
         # A teacher that moved was not frozen: nobody could say what the student learnt from.
         if moved:
@@ -218,12 +237,12 @@ def planned_flops(
     completions = None if distill is None else distill.completions
     if completions is not None:
         distill = None
-    settings = planned_settings(stage, ctx)
+    settings, held = planned_settings(stage, ctx), Holding(ctx.device)  # nothing is shared
     with ctx.clock.phase("model_load"):
-        model, tokenizer, _ = _start(stage, inputs, settings, ctx)
+        model, tokenizer, _ = _start(stage, inputs, settings, held, ctx)
     if settings.steps == 0:
         return None
-    ready = _prepare(stage, distill, completions, model, tokenizer, inputs, settings, ctx)
+    ready = _prepare(stage, distill, completions, model, tokenizer, inputs, settings, held, ctx)
     whole = of_model = 0.0
     with ctx.clock.phase("prepare"):
         for step in range(settings.steps):
@@ -256,17 +275,21 @@ def _prepare(
     tokenizer: Any,
     inputs: Mapping[str, Artifact],
     settings: TrainingConfig,
+    held: Holding,
     ctx: Context,
 ) -> _Prepared:
     """Lay out batches, teacher and objective; `settings.steps` follows from epochs from here on."""
-    teacher = None
+    teacher, teacher_held = None, held
     if distill is not None and distill.cache is None:
-        teacher = load_teacher(distill, inputs, tokenizer, ctx)
+        if quantized_by(load_config(inputs[TEACHER].path)) is not None:
+            teacher_held = Holding(ctx.device)  # what quantized layers hold is not told to others
+        teacher = load_teacher(distill, inputs, tokenizer, teacher_held, ctx)
     with ctx.clock.phase("prepare"):
-        own = _read_as(stage, model, settings, ctx)
-        teacher = None if teacher is None else _examined(teacher, own, settings, ctx)
+        own = _read_as(stage, model, settings, held, ctx)
+        teacher = None if teacher is None else _examined(teacher, own, settings, teacher_held)
         encoded = read_encoded(model, tokenizer, settings, ctx, completions=completions)
-        text = make_batches(model, tokenizer, encoded, settings, ctx, apart=_apart(own, teacher))
+        apart = _apart(own, teacher)
+        text = make_batches(model, tokenizer, encoded, settings, ctx, held, apart=apart)
         num_rows = text.num_rows
         settings.steps = steps_of(settings, num_rows)  # batches that grow read it from here
         signal = teacher
@@ -312,17 +335,22 @@ def _prepare(
             flops=StepFlops.counted(objective, counted),
             active=counted.active_share(model),
             said=said,
-            frozen=None if teacher is None else parameter_hash(teacher.model),
+            frozen=(
+                None
+                if teacher is None
+                else teacher_held.found(lambda: parameter_hash(teacher.model))
+            ),
+            teacher_held=teacher_held,
         )
 
 
 def _read_as(
-    stage: TrainingOverrides, model: Any, settings: TrainingConfig, ctx: Context
+    stage: TrainingOverrides, model: Any, settings: TrainingConfig, held: Holding, ctx: Context
 ) -> Examined | None:
     """Return how the model is to be read; None for a classifier."""
     if not ctx.run.task.kind.is_language:
         return None
-    read = examine(model, ctx.device, settings.attention)
+    read = _examine(model, settings, held)
     precision = training_precision(stage, ctx.run)
     if precision is Precision.auto:  # what it may become
         precision = Precision.bf16
@@ -331,36 +359,60 @@ def _read_as(
     return read
 
 
+def _examine(model: Any, settings: TrainingConfig, held: Holding) -> Examined:
+    read = held.found(lambda: examine(model, held.device, settings.attention))
+    if held.is_apart:
+        read_alike(model, read)
+    return read
+
+
 def _examined(
-    teacher: Teacher, own: Examined | None, settings: TrainingConfig, ctx: Context
+    teacher: Teacher, own: Examined | None, settings: TrainingConfig, held: Holding
 ) -> Teacher:
     """Return the teacher, rounded to its precision, with how it is to be read."""
     if own is not None:
-        read = examine(teacher.model, ctx.device, settings.attention)
-        teacher = replace(teacher, read=read)
+        teacher = replace(teacher, read=_examine(teacher.model, settings, held))
     # After `examine`, which runs without autocast: fp32 states would meet 16-bit weights there.
     round_weights(teacher.model, teacher.precision)
     return teacher
 
 
-def _check_teaches(
-    distill: DistillSettings,
+def _teaching_check(
+    distill: DistillSettings | None,
     ready: _Prepared,
     validate: Callable[[], float],
     settings: TrainingConfig,
     ctx: Context,
-) -> None:
-    """Refuse a live teacher that is no better than the student's start, unless that is allowed."""
+) -> Callable[[], None]:
+    """Return what refuses a live teacher that is no better than the student's start, unless that is
+    allowed.
+    """
     teacher = ready.teacher
-    if teacher is None or distill.allow_weak_teacher:
-        return
+    if distill is None or teacher is None or distill.allow_weak_teacher:
+        return lambda: None
+    model, precision, held = teacher.model, teacher.precision, ready.teacher_held
     with ctx.clock.phase("eval"):
-        read = validation_reading(teacher.model, ready.tokenizer, settings, teacher.precision, ctx)
-        check_teacher(f"stages.{ctx.stage}", PRIMARY[ctx.run.task], read(), validate())
+        read = validation_reading(model, ready.tokenizer, settings, precision, ctx, held)
+
+    def check() -> None:
+        with ctx.clock.phase("eval"):
+            check_teacher(f"stages.{ctx.stage}", PRIMARY[ctx.run.task], read(), validate())
+
+    return check
+
+
+def _shared(ready: _Prepared, ctx: Context) -> Shared:
+    """Return how ranks share the weights, from here on."""
+    with ctx.clock.phase("prepare"), ctx.ranks.watched():
+        return share(ready.trained, ready.objective, ctx.ranks, ctx.run.parallel)
 
 
 def _loop(
-    ready: _Prepared, validate: Callable[[], float], settings: TrainingConfig, ctx: Context
+    ready: _Prepared,
+    validate: Callable[[], float],
+    settings: TrainingConfig,
+    shared: Shared | None,
+    ctx: Context,
 ) -> tuple[Progress, StageTimeline]:
     """Run the one training loop; return how it went, and what the device did meanwhile."""
     with (
@@ -391,12 +443,17 @@ def _loop(
             hooks=hooks,
             ranks=ctx.ranks,
             parallel=ctx.run.parallel,
+            shared=shared,
         )
         return progress, _timeline(phases, tracer, ctx)
 
 
 def _share_of_teacher(
-    distill: DistillSettings | None, ready: _Prepared, settings: TrainingConfig, ctx: Context
+    distill: DistillSettings | None,
+    ready: _Prepared,
+    settings: TrainingConfig,
+    shared: Shared | None,
+    ctx: Context,
 ) -> Value:
     """Return the teacher's share of the last gradient."""
     if distill is None:
@@ -404,7 +461,7 @@ def _share_of_teacher(
     if distill.on_policy == 1:  # no hard label is learnt where all is sampled
         return measured(1.0)
     return attempted(
-        lambda: measured(teachers_share(ready.objective, ready.text, settings, ctx)),
+        lambda: measured(teachers_share(ready.objective, ready.text, settings, shared, ctx)),
         lambda why: null(unmeasured("the teacher's gradient", why)),
     )
 
@@ -437,17 +494,26 @@ def _epochs_said(settings: TrainingConfig, num_rows: int, ctx: Context) -> str |
 
 
 def _start(
-    stage: TrainingOverrides, inputs: Mapping[str, Artifact], settings: TrainingConfig, ctx: Context
+    stage: TrainingOverrides,
+    inputs: Mapping[str, Artifact],
+    settings: TrainingConfig,
+    held: Holding,
+    ctx: Context,
 ) -> Start:
-    """Return what `stage.model` names, on the device; it is saved into `ctx.out`."""
-    model: Any
-    model, tokenizer = start_weights(stage.model, inputs, ctx, new_head=settings.steps > 0)
-    if stage.stack is not None:
-        model = stack_layers(
-            model, stage.stack, f"stages.{ctx.stage}.stack", scratch=ctx.out.parent
-        )
-    if quantized_by(model.config) is None:
-        model = model.to(ctx.device)
+    """Return what `stage.model` names; it is saved into `ctx.out`."""
+
+    def make() -> tuple[Any, Any]:
+        model: Any
+        model, tokenizer = start_weights(stage.model, inputs, ctx, new_head=settings.steps > 0)
+        if stage.stack is not None:
+            model = stack_layers(
+                model, stage.stack, f"stages.{ctx.stage}.stack", scratch=ctx.out.parent
+            )
+        if quantized_by(model.config) is None:
+            model = model.to(held.device)
+        return model, tokenizer
+
+    model, tokenizer = held.made(make)
     return model, tokenizer, lambda trained: save_model(trained, tokenizer, ctx.out)
 
 
@@ -621,12 +687,14 @@ def make_batches(
     encoded: list[Encoded],
     settings: TrainingConfig,
     ctx: Context,
+    held: Holding | None = None,
     *,
     apart: bool = False,
 ) -> PackedBatches | PaddedBatches:
     """Return what a training with these settings reads, as a pure function of the step.
 
     Args:
+        held: Who has the model's weights; None: this process.
         apart: Documents of a language model are not packed: each has rows of its own.
     """
     check_vocabulary(model, (item.input_ids for item in encoded), tokenizer.pad_token_id)
@@ -649,17 +717,34 @@ def make_batches(
         for note in packed.packing.notes():
             ctx.say(f"{ctx.stage}: {note}")
         return packed
-    padding = Padding.of(tokenizer, model, ctx.run.task)
+    padding = _padding(model, tokenizer, held, ctx)
     if padding.note is not None:
         ctx.say(f"{ctx.stage}: {padding.note}")
     return PaddedBatches(encoded, batch_size=rows, seed=ctx.seed, padding=padding)
 
 
+def _padding(model: Any, tokenizer: Any, held: Holding | None, ctx: Context) -> Padding:
+    """Return how texts are padded for a model, which a classifier is run to find."""
+    held = held or Holding(ctx.device)
+    found = held.found(lambda: Padding.of(tokenizer, model, ctx.run.task))
+    if held.is_apart and not ctx.run.task.kind.is_language:
+        found.note_on(model)
+    return found
+
+
 def validation_reading(
-    model: Any, tokenizer: Any, settings: TrainingConfig, precision: Any, ctx: Context
+    model: Any,
+    tokenizer: Any,
+    settings: TrainingConfig,
+    precision: Any,
+    ctx: Context,
+    held: Holding | None = None,
 ) -> Callable[[], float]:
     """Return a function that reads the primary metric of a model in memory on validation, as
     training does.
+
+    Args:
+        held: Who has the model's weights now; None: this process.
     """
     # By digest: every arm and every attempt reads the same ones.
     documents = sorted(ctx.data.splits["validation"], key=lambda document: document.digest)
@@ -672,7 +757,7 @@ def validation_reading(
         max_bytes=VALIDATION_BYTES,
     )
 
-    padding = Padding.of(tokenizer, model, ctx.run.task)
+    padding = _padding(model, tokenizer, held, ctx)
 
     def validate() -> float:
         with arithmetic(precision, ctx.device):

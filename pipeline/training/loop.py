@@ -160,13 +160,14 @@ class _Loop:
         hooks: Hooks,
         ranks: Ranks = ALONE,
         parallel: ParallelConfig | None = None,
+        shared: Shared | None = None,
     ) -> _Loop:
         """Return the loop of a model before its first step."""
         parallel = parallel or ParallelConfig()
         # under FSDP2 the shares of the weights are fp32, and what is gathered of them bf16
         shards = is_sharded(ranks, parallel.mode)
         masters = None if shards else masters_of(model, objective.precision)
-        shared = share(model, objective, ranks, parallel)
+        shared = shared or share(model, objective, ranks, parallel)
         trained = (
             [p for p in model.parameters() if p.requires_grad]
             if masters is None
@@ -384,12 +385,15 @@ def train(
     hooks: Hooks,
     ranks: Ranks = ALONE,
     parallel: ParallelConfig | None = None,
+    shared: Shared | None = None,
 ) -> Progress:
     """Train `model` in place for `settings.steps`, from the newest checkpoint in `folder` on.
 
     Args:
         ranks: The processes that train together, each of which calls this.
         parallel: How they share it.
+        shared: As they share its weights already; who gives it ends it. None: they do from here on,
+            until the last step.
 
     Raises:
         StageFailed: If the loss is NaN or diverges.
@@ -397,7 +401,9 @@ def train(
     """
     # The optimizer has to exist before a checkpoint can be loaded into it.
     with clock.phase("prepare"), ranks.watched():
-        fresh = _Loop.of(model, objective, settings, precision, clock, hooks, ranks, parallel)
+        fresh = _Loop.of(
+            model, objective, settings, precision, clock, hooks, ranks, parallel, shared
+        )
     loop = replace(fresh, progress=fresh.resumed(folder))
     with (
         ranks.watched(),
@@ -417,7 +423,8 @@ def train(
                 each.wait()
     if loop.masters is not None:
         loop.masters.restore()
-    loop.shared.end()
+    if shared is None:
+        loop.shared.end()
     return loop.progress
 
 

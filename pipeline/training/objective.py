@@ -34,7 +34,7 @@ from pipeline.models.classes import listed, names_in_order, same_in_order
 from pipeline.tasks.table import Task
 from pipeline.training.precision import arithmetic, compute_dtype
 from pipeline.training.reading import Documents, Examined, prompts_told, read_inputs, run
-from pipeline.training.shares import is_shared
+from pipeline.training.shares import whole_of
 
 HASHED = 2**22  # words of a tensor at a time
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -498,15 +498,10 @@ def parameter_hash(model: Any) -> str:
     8 GB is not copied there to be looked at.
     """
     state = sorted(model.state_dict().items())
-    sums = [_sum_of_bits(_whole(tensor.detach())) for _, tensor in state]
+    sums = [_sum_of_bits(whole_of(tensor.detach())) for _, tensor in state]
     values = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else []
     said = "".join(f"{name}={value};" for (name, _), value in zip(state, values, strict=True))
     return hashlib.sha256(said.encode()).hexdigest()
-
-
-def _whole(tensor: Any) -> Tensor:
-    """Return a tensor that ranks share put together: all of them ask for it."""
-    return tensor.full_tensor() if is_shared(tensor) else tensor
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:

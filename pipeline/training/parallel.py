@@ -6,7 +6,10 @@ over ranks; the loss of a rank is weighted by its share of the targets of all ra
 is the gradient of one process with the whole batch.
 
 Under FSDP2 every layer is a group of its own, and what is left (embeddings, the head) belongs to
-the objective: gathered before its forward pass, it is whole where the fused head reads it.
+the objective: gathered before its forward pass, it is whole where the fused head reads it. No
+device holds more than one such group whole: the first rank gives its weights out layer by layer,
+and in the end has them back, in its host's memory, parameter by parameter. Of a live teacher, what
+is left beside its layers is whole on every device.
 
 Shape legend: B rows, R ranks.
 """
@@ -14,7 +17,7 @@ Shape legend: B rows, R ranks.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,8 +30,10 @@ from pipeline.config.settings.precision import Precision
 from pipeline.data.prompts import PROMPT_MASK
 from pipeline.distillation.on_policy import Split, Written
 from pipeline.ledger.devices.table import device_of
+from pipeline.models.load import quantized_by
 from pipeline.training.objective import Objective, StepLoss
 from pipeline.training.ranks import ALONE, Ranks
+from pipeline.training.shares import is_shared
 
 FAR = 1_000_003  # more than there are ranks: no two of them draw alike
 
@@ -163,13 +168,14 @@ class Shared:
             return objective.completed(batch, step, split)
 
     def end(self) -> None:
-        """Part: each rank has whole weights again."""
+        """Part: the first rank has the whole weights of what was trained, in its host's memory
+        where they were shared, and the others then have none. A live teacher stays as it is.
+        """
         if not self.is_sharded:
             return
-        step = self._step
-        _made_whole(step, step.objective.device)
-        if step.objective.teacher is not None:
-            _made_whole(step.objective.teacher.model, step.objective.device)
+        for module in _sharded_layers(self._step):
+            module.reshard()
+        _made_whole(self._step, keeps=self.ranks.is_first)
 
     def draw_for(self, step: int) -> None:
         """Have what is drawn at random in a step (dropout) follow from the step and the rank: a
@@ -189,13 +195,26 @@ def share(trained: Any, objective: Objective, ranks: Ranks, parallel: ParallelCo
     if not ranks.several:
         return Shared()
     ranks.assemble()
-    step, seed = _Step(trained, objective), torch.initial_seed()
+    # the others may have drawn nothing yet
+    step, seed = _Step(trained, objective), ranks.told(torch.initial_seed())
     if is_sharded(ranks, parallel.mode):
         module = _sharded(step, objective, ranks, parallel)
         module()  # of nothing: what runs first is the root, and the model may run by itself first
         module.reshard()
+        _gather_each(step)
         return Shared(ranks, module, parallel.mode, seed)
     return Shared(ranks, _averaged(step), Parallel.ddp, seed)
+
+
+def _gather_each(step: _Step) -> None:
+    """Gather each layer once, alone: what is gathered for the first time under inference_mode, by a
+    reading of validation, is of no use to a training.
+    """
+    teacher = step.objective.teacher
+    for model in (step.trained, *(() if teacher is None else (teacher.model,))):
+        for layer in _sharded_layers(model):
+            layer.unshard()
+            layer.reshard()
 
 
 def _averaged(step: _Step) -> Any:
@@ -208,7 +227,11 @@ def _averaged(step: _Step) -> Any:
 
 
 def _sharded(step: _Step, objective: Objective, ranks: Ranks, parallel: ParallelConfig) -> Any:
-    """Share layers, then what is left; of a live teacher the layers alone."""
+    """Share layers, then what is left; of a live teacher the layers alone, and nothing of one that
+    is quantized: each rank has loaded it.
+
+    What is shared next is given whole to each rank, and no other is whole on its device meanwhile.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
@@ -225,12 +248,60 @@ def _sharded(step: _Step, objective: Objective, ranks: Ranks, parallel: Parallel
     more: dict[str, Any] = {"mesh": mesh}
     if parallel.offload:
         more["offload_policy"] = CPUOffloadPolicy(pin_memory=device_of(objective.device).pinned)
+    teacher = None if objective.teacher is None else objective.teacher.model
+    if teacher is not None and quantized_by(teacher.config) is not None:
+        teacher = None
+    gives = _Giving([step] if teacher is None else [step, teacher], objective.device)
     for layer in layers_in(step.trained):
+        gives(layer)
         fully_shard(layer, mp_policy=policy, **more)
-    if objective.teacher is not None:  # its weights are in its own precision, and take no step
-        for layer in layers_in(objective.teacher.model):
+    if teacher is not None:  # its weights are in its own precision, and take no step
+        for layer in layers_in(teacher):
+            gives(layer)
             fully_shard(layer, **more)
+        gives(teacher)
+    gives(step)
     return fully_shard(step, mp_policy=policy, **more)
+
+
+class _Giving:
+    """Puts the first rank's weights on every rank's device, module by module.
+
+    Args:
+        models: Which hold them; where one of theirs is tied, it is replaced in all its places.
+    """
+
+    def __init__(self, models: Iterable[nn.Module], device: torch.device) -> None:
+        self._device = device
+        # by identity: an entry goes before the parameter that it is of
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for model in models:
+            for module, name, each in _parameters_of(model):
+                self._places.setdefault(id(each), []).append((module, name))
+
+    def __call__(self, module: nn.Module) -> None:
+        """Give what is left of a module, which every rank calls this of."""
+        for each in list(module.parameters()):
+            if is_shared(each) or id(each) not in self._places:  # it has been given
+                continue
+            given = nn.Parameter(_from_first(each, self._device), requires_grad=each.requires_grad)
+            for holder, name in self._places.pop(id(each)):
+                setattr(holder, name, given)
+        for buffer in module.buffers():
+            buffer.data = buffer.to(self._device)
+
+
+def _from_first(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the first rank's tensor on the device; that of another rank may be on `meta`."""
+    import torch.distributed as dist
+
+    if tensor.is_meta:
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    else:
+        there = tensor.detach().to(device).contiguous()
+    # as bytes: not every backend sends every type
+    dist.broadcast(there.flatten().view(torch.uint8), src=0)
+    return there
 
 
 def layers_in(model: nn.Module) -> list[nn.Module]:
@@ -245,25 +316,40 @@ def layers_in(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in named]
 
 
+def _parameters_of(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Return every place that a parameter has in a model: module, name and parameter."""
+    return [
+        (module, name, each)
+        for module in model.modules()
+        for name, each in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+
+
 def _sharded_layers(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _made_whole(model: nn.Module, device: torch.device) -> None:
-    """Give a model whole weights again, in place of its shares of them, and its own classes."""
+def _made_whole(model: nn.Module, *, keeps: bool) -> None:
+    """Give a model whole weights in the host's memory again, in place of its shares of them, and
+    its own classes. All ranks ask for them, one by one.
+
+    Args:
+        keeps: Whether this rank does; else they are on `meta`.
+    """
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
     whole: dict[int, nn.Parameter] = {}  # tied weights are one
-    for module in model.modules():
-        for name, each in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if isinstance(each, DTensor):
-                if id(each) not in whole:
-                    there = each.full_tensor().detach().to(device)
-                    whole[id(each)] = nn.Parameter(there, requires_grad=each.requires_grad)
-                setattr(module, name, whole[id(each)])
+    places = _parameters_of(model)  # which keeps the shares: an identity is one of them alone
+    for module, name, each in places:
+        if is_shared(each):
+            if id(each) not in whole:
+                there = _gathered(each, keeps=keeps)
+                whole[id(each)] = nn.Parameter(there, requires_grad=each.requires_grad)
+            setattr(module, name, whole[id(each)])
+    for buffer in model.buffers():
+        buffer.data = buffer.cpu()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # torch has no public way back
@@ -271,3 +357,9 @@ def _made_whole(model: nn.Module, device: torch.device) -> None:
             for hook in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
                 hook.remove()
             module.__class__ = type(module).__mro__[2]  # FSDP's own, FSDPModule, the module's
+
+
+def _gathered(share: Any, *, keeps: bool) -> Tensor:
+    """Return a parameter put together on the host; without values where this rank drops it."""
+    there: Tensor = share.full_tensor().detach()
+    return there.cpu() if keeps else torch.empty_like(there, device="meta")

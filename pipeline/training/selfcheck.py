@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline.data.batches import num_targets
 from pipeline.errors import StageFailed
 from pipeline.ledger.metrics import DIRECTION
+from pipeline.training.parallel import Shared
+from pipeline.training.shares import whole_of
 
 if TYPE_CHECKING:
     from pipeline.training.objective import Objective, StepLoss
@@ -41,22 +44,30 @@ def check_teacher(key: str, metric: str, theirs: float, start: float) -> None:
         )
 
 
-def gradient_share(objective: Objective, batch: dict[str, torch.Tensor]) -> float:
+def gradient_share(
+    objective: Objective, batch: dict[str, torch.Tensor], shared: Shared | None = None
+) -> float:
     """Return the part of the gradient that the teacher's signal makes, by norm over all parameters.
 
     With g_ce the gradient of the weighted hard labels and g_d that of all else (divergence, hidden
     states, relations), |g_d| / (|g_d| + |g_ce|). Two backward passes; the gradients that were there
     are lost.
+
+    Args:
+        shared: How ranks share the weights, each of which calls this; None: this process has all.
     """
-    loss = objective.loss
+    loss, shared = objective.loss, shared or Shared()
     assert loss is not None
+    own, targets = shared.own_rows(batch), num_targets(batch)
 
     def norm(ce_weight: float, part: Callable[[StepLoss], torch.Tensor]) -> float:
         objective.loss = replace(loss, ce_weight=ce_weight)
         objective.model.zero_grad(set_to_none=True)
-        value = part(objective(batch))
-        if value.requires_grad:
-            value.backward()
+        with shared.gradients(last=True):
+            done = shared.computed(objective, own)
+            value = part(done) * shared.share(done.count, targets)
+            if value.requires_grad:
+                value.backward()
         return _norm(objective.model)
 
     try:
@@ -88,4 +99,5 @@ def _norm(model: Any) -> float:
     gradients = [each.grad for each in model.parameters() if each.grad is not None]
     if not gradients:
         return 0.0
-    return float(torch.stack([gradient.float().norm() for gradient in gradients]).norm())
+    norms = [whole_of(gradient.float().norm()) for gradient in gradients]
+    return float(torch.stack(norms).norm())

@@ -13,6 +13,11 @@ def is_shared(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def whole_of(tensor: Any) -> Tensor:
+    """Return a tensor that ranks share put together: all of them ask for it."""
+    return tensor.full_tensor() if is_shared(tensor) else tensor
+
+
 def own_share(tensor: Any) -> Tensor:
     """Return what this rank holds of a tensor, without a copy: all of it where it is not shared."""
     with torch.no_grad():

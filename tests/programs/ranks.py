@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import load_file
+from torch.distributed import fsdp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from make_assess_models import random_documents, tiny
+from make_assess_models import LABELS, random_documents, saved, tiny
+from test_teacher_cache import context
 from test_training_loop import LENGTHS, batches_for, hooks, settings
 
 from pipeline.config.settings.parallel import Parallel, ParallelConfig
 from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.config.settings.quantization import Format
+from pipeline.config.settings.run import Run
 from pipeline.config.settings.training import OptimizerKind, TrainingConfig
 from pipeline.data.batches import IGNORE, PackedBatches
 from pipeline.data.prompts import PartlySampled, Prompts
@@ -36,17 +42,24 @@ from pipeline.errors import Preempted
 from pipeline.ledger.phases import PhaseClock
 from pipeline.quantization.fake import Adapters, fake_quantize
 from pipeline.quantization.layers import EVERY_LAYER, plan_layers
+from pipeline.stages.context import Output
+from pipeline.stages.distill import DistillStage
+from pipeline.store.artifacts import Artifact
 from pipeline.tasks.table import Task
+from pipeline.training import parallel
+from pipeline.training.holding import Holding
 from pipeline.training.loop import Progress, train
 from pipeline.training.objective import Objective, Teacher
-from pipeline.training.parallel import Shared
+from pipeline.training.parallel import Shared, layers_in
 from pipeline.training.precision import round_weights
 from pipeline.training.ranks import ALONE, Ranks, join, place_in
-from pipeline.training.reading import examine
+from pipeline.training.reading import examine, read_alike
 from pipeline.training.schedule import first_row, sequence_length
+from pipeline.training.shares import is_shared, own_share
 
 CPU = torch.device("cpu")
 STEPS = 5
+HERE = Holding(CPU)
 
 
 class Uneven:
@@ -66,19 +79,29 @@ class Uneven:
         return batch
 
 
+def made(task: Task, held: Holding, **which: Any) -> tuple[Any, Any]:
+    """Return a model and how it is read, as a stage has them."""
+    model = held.made(lambda: tiny(task, **which))
+    if not task.kind.is_language:
+        return model, None
+    read = held.found(lambda: examine(model, CPU))
+    if held.is_apart:
+        read_alike(model, read)
+    return model, read
+
+
 def objective_of(
-    task: Task, precision: Precision, *, taught: bool, how: str | None = None
+    task: Task, precision: Precision, *, taught: bool, how: str | None = None, held: Holding = HERE
 ) -> Objective:
     """Return what is minimised.
 
     Args:
+        held: Who makes the models.
         how: What is trained: `frozen` (all but the embeddings), `adapters`, `rounded` (all weights,
             as int8 would round them), `inside` (with projections of hidden states), or `writes`
             (a student that writes); None: all weights.
     """
-    model = tiny(task)
-    language = task.kind.is_language
-    own = examine(model, CPU) if language else None
+    model, own = made(task, held)
     if how == "frozen":
         model.get_input_embeddings().weight.requires_grad_(requires_grad=False)
     if how in ("adapters", "rounded"):
@@ -88,8 +111,8 @@ def objective_of(
         fake_quantize(model, layers, Format.int8_weight_only, torch.float32, adapters)
     teacher = None
     if taught:
-        other = tiny(task, seed=1).eval().requires_grad_(requires_grad=False)
-        read = examine(other, CPU) if language else None
+        other, read = made(task, held, seed=1)
+        other.eval().requires_grad_(requires_grad=False)
         frozen_in = Precision.bf16 if precision is Precision.bf16 else Precision.fp32
         round_weights(other, frozen_in)
         teacher = Teacher(other, frozen_in, Loss(0.5, temperature=2.0), read)
@@ -143,7 +166,8 @@ def trained(
 ) -> tuple[Objective, Progress]:
     """Train from the same weights on the same batches."""
     config = settings(**{"steps": STEPS, "learning_rate": 1e-2, **(changes or {})})
-    objective = objective_of(task, precision, taught=taught, how=how)
+    held = Holding.of(ranks, mode, CPU)
+    objective = objective_of(task, precision, taught=taught, how=how, held=held)
     model: Any = objective.model
     if objective.hidden is not None:
         model = WithProjections(model, objective.hidden)
@@ -173,6 +197,10 @@ def weights(model: Any) -> torch.Tensor:
     return torch.cat([each.detach().flatten().double() for each in model.parameters()])
 
 
+def flat(saved: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([saved[name].flatten().double() for name in sorted(saved)])
+
+
 def apart(found: torch.Tensor, wanted: torch.Tensor, start: torch.Tensor) -> float:
     return float((found - wanted).norm() / (wanted - start).norm())
 
@@ -184,16 +212,128 @@ def compare(ranks: Ranks, folder: Path, **how: Any) -> dict[str, Any]:
     alone, wanted = trained(ALONE, folder / f"alone-{ranks.rank}", **how)
     task, precision = how.get("task", Task.causal_lm), how.get("precision", Precision.fp32)
     begun = objective_of(task, precision, taught=how.get("taught", False), how=how.get("how"))
+    models = (objective.model, alone.model, begun.model)
+    has_none = mode.shards and not ranks.is_first
     found = {
-        "apart": apart(*(weights(each) for each in (objective.model, alone.model, begun.model))),
+        "apart": None if has_none else apart(*map(weights, models)),
         "tokens": [progress.tokens, wanted.tokens],
         "loss": [progress.smooth, wanted.smooth],
         "classes": sorted({type(each).__name__ for each in objective.model.modules()}),
         "dtype": str(next(objective.model.parameters()).dtype),
     }
-    everywhere = ranks.gathered(weights(objective.model))
-    found["same_on_all"] = all(torch.equal(each, everywhere[0]) for each in everywhere)
+    if mode.shards:
+        whole = ranks.gathered([not each.is_meta for each in objective.model.parameters()])
+        found["only_first_is_whole"] = all(whole[0]) and not any(map(any, whole[1:]))
+    else:
+        everywhere = ranks.gathered(weights(objective.model))
+        found["same_on_all"] = all(torch.equal(each, everywhere[0]) for each in everywhere)
     return found
+
+
+def whole_bytes(model: Any) -> int:
+    """Return the bytes of the parameters that this rank holds whole."""
+    return sum(
+        each.nbytes for each in model.parameters() if not is_shared(each) and not each.is_meta
+    )
+
+
+def watched(ranks: Ranks, folder: Path, *, mode: Parallel) -> dict[str, Any]:
+    """Return what ranks hold whole while the weights of a student and its teacher are shared, and
+    what they hold before the first step.
+    """
+    told: dict[str, list[int]] = {"student": [], "teacher": []}
+    then: dict[str, Any] = {}
+    models: dict[str, Any] = {}
+    usual, share_all = fsdp.fully_shard, parallel.share
+
+    def note() -> None:
+        for name, model in models.items():
+            told[name].append(whole_bytes(model))
+
+    def noting(module: Any, **how: Any) -> Any:
+        note()  # what is whole is about to be shared
+        return usual(module, **how)
+
+    def begun(model: Any, objective: Objective, *more: Any) -> Shared:
+        assert objective.teacher is not None
+        models.update(student=objective.model, teacher=objective.teacher.model)
+        if not ranks.is_first:  # no weights were made, or read, on the others
+            note()
+        return share_all(model, objective, *more)
+
+    def at_first_step(step: int) -> None:
+        model = models["student"]
+        own = [own_share(each).nbytes for each in model.parameters()]
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        then.update(
+            whole={name: whole_bytes(each) for name, each in models.items()},
+            share=sum(own) / sum(each.nbytes for each in tiny(Task.causal_lm).parameters()),
+            tied=ends[0].weight is ends[1].weight,
+        )
+
+    with patch.object(fsdp, "fully_shard", noting), patch("pipeline.training.loop.share", begun):
+        trained(ranks, folder / "watched", mode, taught=True, resumed=at_first_step)
+    fresh = dict(tiny(Task.causal_lm).named_buffers())
+    then["buffers"] = {
+        name: torch.equal(each, fresh[name]) for name, each in models["student"].named_buffers()
+    }
+    layer = sum(each.nbytes for each in layers_in(tiny(Task.causal_lm))[0].parameters())
+    rest = sum(each.nbytes for each in tiny(Task.causal_lm).parameters()) - 2 * layer
+    return {"ranks": ranks.gathered({**then, "told": told}), "layer": layer, "rest": rest}
+
+
+def staged(
+    ranks: Ranks, folder: Path, *, mode: Parallel, task: Task = Task.causal_lm
+) -> dict[str, Any]:
+    """Distil as the stage does, by all ranks and by the first one alone; what others than the first
+    are given as files of weights cannot be read.
+    """
+    if ranks.is_first:
+        student = tiny(task)
+        with torch.no_grad():  # so that its teacher is the better one
+            student.get_input_embeddings().weight.mul_(2)
+        saved(student, folder / "base")
+        saved(tiny(task, seed=1), folder / "teacher")
+        for name in ("base", "teacher"):
+            shutil.copytree(folder / name, folder / "bare" / name)
+            (folder / "bare" / name / "model.safetensors").write_text("no weights")
+    ranks.meet()
+    # two random classifiers may be as good as one another
+    stage = DistillStage(model="base", allow_weak_teacher=not task.kind.is_language)
+    given = random_documents(LENGTHS, is_text=task.kind.is_language)
+
+    def run(ranks: Ranks, at: Path, out: str) -> Output:
+        run = Run(
+            task=task,
+            training=TrainingConfig(steps=STEPS, batch_size=4, sequence_length=16),
+            stages={"student": stage},
+            precision=PrecisionConfig(name=Precision.fp32),
+            parallel=ParallelConfig(mode=mode),
+        )
+        splits = {"train": [], "validation": []}
+        labels = LABELS if task.kind.labelled else None
+        data = SimpleNamespace(digest="d" * 32, labels=labels, splits=splits)
+        ctx = context(folder / out, run, "student", data=data, ranks=ranks)
+        folders = {"model": at / "base", "teacher": at / "teacher"}
+        inputs = {name: Artifact(path, "model", "", 0) for name, path in folders.items()}
+        return stage.run(inputs, ctx)
+
+    with patch("pipeline.stages.training.encode_all", lambda *_, **__: given):
+        ours = run(ranks, folder if ranks.is_first else folder / "bare", f"ranks-{ranks.rank}")
+        ranks.meet()
+        if not ranks.is_first:
+            return {}
+        alone = run(ALONE, folder, "alone")
+    begun, found, wanted = (
+        load_file(folder / name / "model.safetensors")
+        for name in ("base", "ranks-0/out", "alone/out")
+    )
+    return {
+        "apart": apart(*map(flat, (found, wanted, begun))),
+        "names": [sorted(found), sorted(wanted)],
+        "saved_by_others": [path.name for path in (folder / "ranks-1/out").iterdir()],
+        "share": [each.counts["distillation_gradient_share"].value for each in (ours, alone)],
+    }
 
 
 def resumed(
@@ -221,6 +361,8 @@ def resumed(
     ranks.meet()
     went_on, _ = trained(ALONE if alone else ranks, folder / "ranks", then, **how)
     whole, _ = trained(ranks, folder / "whole", then, **how)
+    if then.shards and not ranks.is_first:
+        return {}
     found, wanted = weights(went_on.model), weights(whole.model)
     return {
         "apart": apart(found, wanted, weights(tiny(Task.causal_lm))),
@@ -245,6 +387,8 @@ def gone_on(ranks: Ranks, folder: Path, *, at: str, **how: Any) -> dict[str, Any
     )
     whole, _ = trained(ranks, folder / "whole", Parallel.fsdp, taught=True, **how)
     assert resumed == [3]
+    if not ranks.is_first:
+        return {}
     start = weights(tiny(Task.causal_lm))
     return {"apart": apart(weights(went_on.model), weights(whole.model), start)}
 
@@ -275,6 +419,9 @@ GROWING: dict[str, Any] = {
 IN_8_BITS: dict[str, Any] = {"optimizer": OptimizerKind.adamw_8bit_torchao}
 WRITTEN_BESIDE: dict[str, Any] = {"checkpoint_every": 1, "checkpoint_beside": True}
 CASES: dict[str, Callable[[Ranks, Path], dict[str, Any]]] = {
+    "fsdp, watched": partial(watched, mode=Parallel.fsdp),
+    "fsdp, staged": partial(staged, mode=Parallel.fsdp),
+    "fsdp, staged, classes": partial(staged, mode=Parallel.fsdp, task=Task.sequence_classification),
     "ddp": case(mode=Parallel.ddp),
     "ddp, taught": case(mode=Parallel.ddp, taught=True),
     "ddp, in parts": case(mode=Parallel.ddp, changes={"gradient_accumulation": 2}),
