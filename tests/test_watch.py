@@ -235,7 +235,7 @@ def test_gpu_hours_are_nested_and_close() -> None:
     assert {
         name: value["value"] for name, value in ledger["device_hours"]["wasted_by"].items()
     } == {"idle_rank": 0.5}
-    assert ledger["phases_ns"] == {"forward": 2700 * S, "other": 900 * S}
+    assert ledger["phases_ns"] == {"forward": 2700 * S, "idle_rank": 900 * S}
     assert (ledger["energy_j"]["value"], ledger["cost"]["amount"]["provenance"]) == (
         5e6,
         "declared",
