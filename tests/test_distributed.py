@@ -72,7 +72,7 @@ def test_hsdp_over_two_hosts_trains_what_one_process_does(hosts: TwoHosts, tmp_p
         assert code == 0, output + errors
     found = read(tmp_path / "found")["hsdp, taught"]
     assert found["apart"] < 1e-4
-    assert found["same_on_all"]
+    assert found["only_first_is_whole"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from ranks_here import rank_environment
@@ -21,6 +22,7 @@ from ranks_here import rank_environment
 PORT = 29871  # of a host of its own, where nobody else listens
 LINK = "eth0"
 SHELL = 'hostname "$0" && exec "$@"'
+_number = count()
 
 
 def why_not() -> str | None:
@@ -126,7 +128,8 @@ class TwoHosts:
 @contextmanager
 def two_hosts() -> Generator[TwoHosts]:
     """Give two hosts; end what runs on them, and remove them."""
-    hosts = TwoHosts(f"h{os.getpid() % 10**6}")
+    # the kernel lets go of a namespace's links after `ip` has returned
+    hosts = TwoHosts(f"h{os.getpid() % 10**6}{next(_number)}")
     try:
         hosts.make()
         yield hosts
