@@ -621,8 +621,8 @@ def test_stages_made_at_once_end_together_and_go_on(
     assert not [note for note in result["environment"]["notes"] if "please report it" in note]
     for row in rows:
         assert row["ledger"]["device_hours"]["work"]["value"] > 0
-    lost = [row["ledger"]["counts"]["steps_lost"]["value"] for row in rows]
-    assert (max(lost) == 0) == (number == signal.SIGTERM), lost
+    if number == signal.SIGTERM:  # a killed rank's steps since it last told are not known
+        assert {row["ledger"]["counts"]["steps_lost"]["value"] for row in rows} == {0}
 
 
 @pytest.mark.slow
