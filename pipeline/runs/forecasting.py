@@ -26,7 +26,7 @@ from pipeline.forecast.speed import device_rate
 from pipeline.ledger.attempted import attempted
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.peaks import device_name
-from pipeline.ledger.records import ASSESSED, FORECAST, MADE, PROBE, read_record, sealed
+from pipeline.ledger.records import ASSESSED, FORECAST, PROBE, read_record, sealed
 from pipeline.ledger.shapes import (
     Assessed,
     Expected,
@@ -475,7 +475,7 @@ def _found(runner: StageRunner, name: str, stage: Stage) -> tuple[Made, str] | N
     session = runner.running.session
     inputs = runner.inputs(name, stage)
     key = stage_key(session, name, stage, inputs, runner.seed, runner.matched_flops(stage))
-    record = read_record(session.store.root / "keys" / f"{key}.json", MADE)
+    record = runner.remembered(key)
     return None if record is None else (record, key)
 
 

@@ -14,7 +14,7 @@ from pipeline.config.arms import file_name, is_fallback
 from pipeline.errors import DeviceLost, StageFailed, UserError
 from pipeline.ledger.devices.table import device_of
 from pipeline.ledger.phases import difference
-from pipeline.ledger.records import MADE
+from pipeline.ledger.records import MADE, read_record
 from pipeline.ledger.shapes import Figures, HistoryEntry, Made, OutputRecord, RankTime, Row
 from pipeline.ledger.values import Value
 from pipeline.report.progress import progress_bar
@@ -168,6 +168,12 @@ class StageRunner:
         """
         with self.running.session.clock.phase("prepare"):
             return self.running.session.store.recall("keys", key, MADE)
+
+    def remembered(self, key: str) -> Made | None:
+        """Return what is remembered of work with this key, whatever became of its artifact: nothing
+        is hashed.
+        """
+        return read_record(self.running.session.store.root / "keys" / f"{key}.json", MADE)
 
     def _make(
         self,

@@ -81,7 +81,8 @@ def _make_at_once(running: Running, runners: dict[int, StageRunner]) -> None:
         for runner in runners.values()
         for name, stage in _ready(runner).items()
     ]
-    lanes = [_lane(*each) for each in ready]
+    # what was made is left to its turn, before anything is planned for it, or hashed
+    lanes = _unmade([_lane(*each) for each in ready], runners)
     if lanes and len(lanes) < running.session.ranks.size:
         lanes += _matching(runners, lanes)
     if len(lanes) < 2:
@@ -90,13 +91,16 @@ def _make_at_once(running: Running, runners: dict[int, StageRunner]) -> None:
         # in one order for everybody: who waits for one holds none that comes after it
         for lane in sorted(lanes, key=lambda each: each.key):
             held.enter_context(running.timeline.hold(lane.key, lane.name))
-        lanes = [lane for lane in lanes if runners[lane.seed].recall(lane.key) is None]
-        lanes = lanes[: running.session.ranks.size]
+        lanes = _unmade(lanes, runners)[: running.session.ranks.size]
         if len(lanes) > 1:
             running.timeline.check_budget()
             meeting = running.session.ranks.meeting
             assert meeting is not None, "there are several ranks"
             _AtOnce(running, runners, lanes, meeting, f"beside/{uuid.uuid4().hex}").make()
+
+
+def _unmade(lanes: list[Lane], runners: dict[int, StageRunner]) -> list[Lane]:
+    return [lane for lane in lanes if runners[lane.seed].remembered(lane.key) is None]
 
 
 def _matching(runners: dict[int, StageRunner], lanes: list[Lane]) -> list[Lane]:
@@ -248,11 +252,12 @@ class _AtOnce:
         Raises:
             StageFailed: Naming it.
         """
+        told = [(lane, self.worked[rank].output) for rank, lane in enumerate(self.lanes)]
         for lane in self.lanes:
             spent = {
-                other.name: Output.from_json(self.worked[rank].output)  # pyright: ignore[reportArgumentType]
-                for rank, other in enumerate(self.lanes)
-                if other.seed == lane.seed
+                other.name: Output.from_json(output)
+                for other, output in told
+                if output is not None and other.seed == lane.seed
             }
             found = self.runners[lane.seed].matched_flops(lane.stage, spent)
             if found != lane.matched_flops:
