@@ -13,6 +13,7 @@ from pathlib import Path
 
 import once
 import pytest
+from hypothesis import HealthCheck, settings
 from quiet import quiet
 
 # before anything imports Triton: its interpreter runs kernels on the CPU
@@ -25,6 +26,11 @@ for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(
             number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         )
+# how fast a machine is decides no test
+settings.register_profile(
+    "any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any_machine")
 LONGEST = (
     "test_docs",
     "test_verdict",

@@ -23,6 +23,7 @@ COMMON = [
     "tracking=off",
     "hardware.num_threads=1",
     *(
+        "precision=bf16",
         "training.steps=4",
         "training.batch_size=4",
         "training.sequence_length=64",
@@ -84,7 +85,8 @@ GIVEN: dict[str, list[str]] = {
 }
 """Settings by recipe, beside those of all."""
 WITHOUT = {
-    "release_check": ("serving.", "training.", "model.", "data.vocabulary"),
+    "release_check": ("serving.", "training.", "model.", "data.vocabulary", "precision="),
+    "mixed_precision": ("precision=",),
     "schedules": ("training.steps",),
 }
 """Settings of all that are not a recipe's."""

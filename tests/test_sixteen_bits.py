@@ -16,6 +16,7 @@ from format_matrix import ARCHITECTURES
 from make_assess_models import byte_tokenizer, saved, tiny
 from safetensors.torch import load_file
 
+from pipeline.cli.main import main
 from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format, Prefer
 from pipeline.config.settings.run import Run
@@ -25,8 +26,9 @@ from pipeline.models.load import load_config, load_model, save_model
 from pipeline.quantization import backend, sixteen
 from pipeline.quantization.backend import quantize, why_not
 from pipeline.quantization.search import Searcher, Trial
-from pipeline.runs.preflight import slow_precision
+from pipeline.runs.preflight import in_native_precision, slow_precision
 from pipeline.stages.quantize import QuantizeStage
+from pipeline.stages.settings import training_precision
 from pipeline.stages.train import TrainStage
 from pipeline.tasks.table import Task
 
@@ -122,9 +124,48 @@ def test_a_fresh_process_proves_it(tmp_path: Path, units: Any) -> None:
 # -- what a device cannot do ----------------------------------------------------------------------
 
 
-def test_training_in_bits_that_a_device_has_no_units_for_is_said_to_be_slower(units: Any) -> None:
+def test_what_no_stage_names_is_bf16_where_the_device_has_units_for_it(units: Any) -> None:
     run = Run(stages={"a": TrainStage()})
+    assert run.precision.name is Precision.native
+    for ratio in (0.5, 1.2):  # units, and a reading that does not tell
+        units(ratio)
+        chosen, said = in_native_precision(run, CPU)
+        assert (chosen.precision.name, said) == (Precision.bf16, [])
+        assert training_precision(chosen.stages["a"], chosen) is Precision.bf16
+    units(3.0)
+    chosen, said = in_native_precision(run, CPU)
+    assert chosen.precision.name is Precision.fp32
+    assert said == ["precision=native is fp32 here: bf16 takes 3.0x fp32's time on this cpu"]
     own = Run(stages={"a": TrainStage(precision=Precision.bf16)})
+    assert in_native_precision(own, CPU)[1] == []  # nothing inherits it
+    named = Run(stages=run.stages, precision=PrecisionConfig(name=Precision.bf16))
+    assert in_native_precision(named, CPU) == (named, [])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting"),
+    [
+        ("distill", "stages.student.precision"),
+        ("distill", "stages.student.teacher_precision"),
+        ("quantize", "stages.int8.qat.precision"),
+    ],
+)
+def test_a_stage_names_its_precision_itself(
+    recipe: str, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recovered = ["stages.int8.recover=[qat]"] if recipe == "quantize" else []
+    argv = [f"recipe={recipe}", f"{setting}=native", *recovered]
+    assert main(argv, started_ns=0) == 1
+    assert capsys.readouterr().err == (
+        f"refused: {setting}: native is for all stages that name no precision; leave it out, or"
+        " name a precision\n"
+    )
+
+
+def test_training_in_bits_that_a_device_has_no_units_for_is_said_to_be_slower(units: Any) -> None:
+    named = PrecisionConfig(name=Precision.bf16)
+    run = Run(stages={"a": TrainStage()}, precision=named)
+    own = Run(stages={"a": TrainStage(precision=Precision.bf16)}, precision=named)
     units(3.0)
     assert slow_precision(run, CPU) == [
         "bf16 takes 3.0x fp32's time on this cpu: precision=fp32 trains faster"

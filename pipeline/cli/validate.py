@@ -30,6 +30,7 @@ from pipeline.ledger.devices.table import KINDS, is_device
 from pipeline.models.load import check_local
 from pipeline.stages.base import Stage, stages_of
 from pipeline.stages.drafts import draft_of
+from pipeline.stages.settings import refuse_native
 from pipeline.stages.table import STAGES
 from pipeline.store.artifacts import MODEL
 
@@ -93,8 +94,16 @@ def _check_stages(run: Run) -> None:
             )
         check_ranges(stage, f"{key}.")
         stage.check(key, run)
+        _check_precisions(stage, key, run)
         _check_references(stage, key, run, earlier)
         earlier.append(name)
+
+
+def _check_precisions(stage: Stage, key: str, run: Run) -> None:
+    """Refuse `native` of a stage: it is decided once, for all that name none."""
+    for each in stage.precisions(key, run):
+        if each.is_own:
+            refuse_native(each.precision, each.setting)
 
 
 def _check_references(stage: Stage, key: str, run: Run, earlier: list[str]) -> None:

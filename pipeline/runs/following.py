@@ -40,7 +40,7 @@ from pipeline.ledger.shapes import OutputRecord, RankTime
 from pipeline.runs.environment import code_digest
 from pipeline.runs.fitting import in_mode
 from pipeline.runs.lane import Beside, work_beside
-from pipeline.runs.preflight import choose_device
+from pipeline.runs.preflight import choose_device, in_precision
 from pipeline.runs.signals import noted, on_stop_signal
 from pipeline.runs.versions import versions
 from pipeline.stages.base import Stage
@@ -338,7 +338,8 @@ def follow(run: Run, ranks: Ranks, clock: PhaseClock) -> int:
             device = choose_device(run)
             # what the first one imports before its stages: it would wait for it in the first step
             importlib.import_module("transformers")
-            run = in_mode(run, ranks.told())  # what the first one chose for parallel.mode=auto
+            mode, precision = ranks.told()  # what the first one chose
+            run = in_precision(in_mode(run, mode), precision)
             while True:
                 task = ranks.told()
                 if task is None:

@@ -71,7 +71,8 @@ def _lead(
         from pipeline.runs.stages import run_stages
     with refusals_reported(is_gate(run)):
         running = open_run(run, clock, command=command, started_ns=started_ns, ranks=ranks)
-    ranks.told(running.session.run.parallel.mode)
+    settled = running.session.run
+    ranks.told((settled.parallel.mode, settled.precision.name))
     timeline, gate = running.timeline, running.session.gate
     # What the result says unless something below says better.
     status, why = "FAILED", "crashed"

@@ -59,6 +59,7 @@ from pipeline.runs.preflight import (
     check_releases,
     check_tasks,
     choose_device,
+    in_native_precision,
     slow_precision,
 )
 from pipeline.runs.resume import Past, read_past, why_unusable
@@ -120,7 +121,7 @@ def prepare(run: Run, clock: PhaseClock) -> Prepared:
         config, key = run_keys(run, data.digest, owner, digests)
         # Before torch is imported: a requeued job whose budget is spent ends at once.
         _check_budget(run, root, key)
-    device = _open_device(run, clock)
+    run, device, said = _open_device(run, clock)
     with clock.phase("prepare"):
         quiet_libraries()
         _check_writable(root)
@@ -136,6 +137,7 @@ def prepare(run: Run, clock: PhaseClock) -> Prepared:
         of_models = check_releases(run, data, folders, clock, asked)
     notes = [
         *data.notes,
+        *said,
         *_demonstration(run, data),
         *of_models,
         *_few_documents(run, data),
@@ -343,12 +345,15 @@ def _open_gate(run: Run, root: Path, clock: PhaseClock) -> Gate:
         return open_gate(run, root, Store(root / "store"))
 
 
-def _open_device(run: Run, clock: PhaseClock) -> Any:
-    """Return the device, after refusing what it cannot do."""
+def _open_device(run: Run, clock: PhaseClock) -> tuple[Run, Any, list[str]]:
+    """Return the device, after refusing what it cannot do; the run with a precision that suits it,
+    and what is to be said of that.
+    """
     with clock.phase("import"):
         import torch
     with clock.phase("prepare"):
         device = choose_device(run)
+        run, said = in_native_precision(run, device)
         if any(is_deterministic(stage, run) for stage in stages_of(run).values()):
             device_of(device).before_deterministic()
         if run.hardware.num_threads is not None:
@@ -360,7 +365,7 @@ def _open_device(run: Run, clock: PhaseClock) -> Any:
     with clock.phase("import"):
         # else who looks into a folder pays
         importlib.import_module("transformers.models.auto.configuration_auto")
-    return device
+    return run, device, said
 
 
 def _placement(

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.arms import BASE, STUDENT_INIT
+from pipeline.config.settings.precision import Precision
 from pipeline.config.settings.quantization import SIXTEEN_BITS, Format
 from pipeline.config.settings.run import Measure, Run, scored_length
 from pipeline.config.settings.serving import Decode
@@ -95,6 +97,28 @@ def check_dtype(run: Run, device: Any) -> None:
         reason = why_not(Format(run.serving.dtype.value), device)
         if reason is not None:
             raise UserError("serving.dtype", reason, "give auto or fp32")
+
+
+def in_native_precision(run: Run, device: Any) -> tuple[Run, list[str]]:
+    """Return the run with a precision in place of `native`: bf16 where the device has units for
+    it, else fp32; and what is to be said of that.
+    """
+    from pipeline.models.sixteen_bits import slower_than_fp32, why_not
+
+    if run.precision.name is not Precision.native:
+        return run, []
+    why = why_not(Format.bf16, device) or slower_than_fp32(Format.bf16, device)
+    chosen = Precision.bf16 if why is None else Precision.fp32
+    inherited = any(
+        not each.is_own for stage in stages_of(run).values() for each in stage.precisions("", run)
+    )
+    said = [f"precision=native is fp32 here: {why}"] if why is not None and inherited else []
+    return in_precision(run, chosen), said
+
+
+def in_precision(run: Run, precision: Precision) -> Run:
+    """Return a run whose stages train in a precision, unless they name their own."""
+    return replace(run, precision=replace(run.precision, name=precision))
 
 
 def slow_precision(run: Run, device: Any) -> list[str]:

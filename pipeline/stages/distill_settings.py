@@ -30,6 +30,7 @@ from pipeline.stages.settings import (
     TrainingOverrides,
     check_classes,
     check_training,
+    refuse_native,
     training_settings,
 )
 
@@ -207,6 +208,7 @@ class DistillSettings(TrainingOverrides):
         self._check_completions(key, run)
         self._check_cache(key, run)
         self._check_head(key, run)
+        refuse_native(self.teacher_precision, f"{key}.teacher_precision")
         if self.mixture is None:
             return
         if self.divergence not in MIXTURES:

@@ -161,7 +161,7 @@ def choose_precision(
     if kept is not None and kept["chosen"] in {each.value for each in Precision}:
         return Choice(Precision(kept["chosen"]), kept)
     with clock.phase("search"):
-        able = [p for p in Precision if p not in (Precision.auto, *left_out)]
+        able = [p for p in Precision if p not in (Precision.native, Precision.auto, *left_out)]
         reasons = {
             p: why_not(p, objective.device) or _too_narrow(p, objective, config) for p in able
         }

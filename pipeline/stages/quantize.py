@@ -86,7 +86,7 @@ class QuantizeStage(Conversion):
                     )
                 continue
             precision = settings.precision or run.precision.name
-            if precision not in TRAINED_IN:
+            if precision not in (*TRAINED_IN, Precision.native):
                 known = ", ".join(each.value for each in TRAINED_IN)
                 raise UserError(
                     f"{own}.precision", f"{precision.value} is not for this", f"give one of {known}"

@@ -442,6 +442,17 @@ def training_precision(stage: Any, run: Run) -> Precision:
     return named[0] if named else run.precision.name
 
 
+def refuse_native(precision: Precision | None, setting: str) -> None:
+    """Refuse `native` where it is not what all stages inherit.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    if precision is Precision.native:
+        problem = "native is for all stages that name no precision"
+        raise UserError(setting, problem, "leave it out, or name a precision")
+
+
 def precision_in_force(stage: Any, key: str, run: Run, *, trains: bool = True) -> PrecisionInForce:
     """Return the precision of a stage that has `precision` and `like`, with what decides it."""
     is_own = stage.precision is not None

@@ -9,10 +9,13 @@ from pipeline.config.settings.ranges import positive
 
 
 class Precision(Enum):
-    """Arithmetic of training. Master weights stay fp32 in all of them. `auto` tries those that the
-    device can.
+    """Arithmetic of training. Master weights stay fp32 in all of them.
+
+    `native` is bf16 where the device has units for it, else fp32, and is decided before anything is
+    made. `auto` tries those that the device can.
     """
 
+    native = "native"
     auto = "auto"
     fp32 = "fp32"
     tf32 = "tf32"
@@ -28,7 +31,7 @@ class Precision(Enum):
 class PrecisionConfig:
     """How training computes; a stage may name another precision of its own."""
 
-    name: Precision = Precision.bf16  # of every stage that names none of its own
+    name: Precision = Precision.native  # of every stage that names none of its own
     loss_scale: float = positive(65536.0)  # fp16's first loss scale
     # of layers that fp8 takes: below, casting costs more than it saves
     fp8_least_width: int = positive(1024)
