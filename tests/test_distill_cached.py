@@ -17,6 +17,7 @@ import torch
 from here import result_in
 from make_journal import store, write_run
 from make_result import ARMS, DEPENDS, make_pair, make_quality, make_result, make_row, null, value
+from reports import markdown
 
 from pipeline.cli.main import main
 from pipeline.cli.recipes import find_recipes
@@ -33,7 +34,6 @@ from pipeline.errors import UserError
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.models.load import load_model, load_tokenizer
 from pipeline.report.conclusion import conclude
-from pipeline.report.markdown import markdown
 from pipeline.report.tables import closing_table
 from pipeline.runs.out_of_memory import explain
 from pipeline.stages import capturing as capture_module

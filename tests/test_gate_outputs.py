@@ -25,6 +25,7 @@ from junitparser import Error, Failure, JUnitXml, Skipped
 from make_result import make_result, make_row
 from make_verdict import accuracy, make_verdict, no_baseline, payback, serving
 from markdown_it import MarkdownIt
+from reports import markdown
 
 from pipeline.compare.verdict import Outcome
 from pipeline.errors import BudgetSpent, Preempted, exit_of
@@ -34,7 +35,6 @@ from pipeline.ledger.values import null
 from pipeline.report.conclusion import conclude
 from pipeline.report.github import annotation, outputs, summary, tell_github
 from pipeline.report.junit import junit
-from pipeline.report.markdown import markdown
 from pipeline.report.verdict import markdown_line, release_conclusion, verdict_line, verdict_section
 from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
 from pipeline.store.verdicts import as_recorded, checksum

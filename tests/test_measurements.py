@@ -18,6 +18,7 @@ import jsonschema
 import pytest
 import torch
 from here import here
+from reports import markdown
 
 import pipeline.evaluation.quality.assess
 import pipeline.evaluation.serving.measure
@@ -33,7 +34,6 @@ from pipeline.ledger.gpu_sampler import Sampler
 from pipeline.ledger.memory import MemoryMeter
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.ledger.traced_steps import StepTracer
-from pipeline.report.markdown import markdown
 from pipeline.stages import step_flops
 from pipeline.store.artifacts import digest_folder
 

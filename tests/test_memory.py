@@ -14,6 +14,7 @@ import pytest
 import test_running
 import torch
 from make_result import make_result, make_row, value
+from reports import markdown
 from test_running import FakeStage, fake_assessment, fake_serving, invoke, minutes, of_run, the_run
 
 import pipeline.evaluation.quality.assess
@@ -25,7 +26,6 @@ from pipeline.errors import DeviceLost, StageFailed
 from pipeline.ledger import memory
 from pipeline.ledger.memory import MEMORY, ON_DEVICE, MemoryMeter, asked_bytes, unread
 from pipeline.ledger.values import Provenance, measured
-from pipeline.report.markdown import markdown
 from pipeline.runs.out_of_memory import explain
 from pipeline.stages.context import Context, Output
 from pipeline.stages.distill import DistillStage

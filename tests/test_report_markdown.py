@@ -20,11 +20,11 @@ from make_result import (
 )
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from reports import markdown, short_form
 
 from pipeline.ledger.metrics import BY_KEY
 from pipeline.ledger.schema import RESULT_SCHEMA
 from pipeline.report.conclusion import conclude
-from pipeline.report.markdown import markdown, short_form
 
 HOSTILE = [
     "a|b",
@@ -88,10 +88,11 @@ def test_question_and_conclusion_come_first(recipe: str) -> None:
 def test_sections_come_in_a_reviewers_order() -> None:
     rows = [make_row("teacher", reused="abc123"), *(make_row(arm) for arm in ARMS["distill"][1:])]
     assert _headings(markdown(make_result(rows=rows)))[1:] == [
-        "Arms",
         "Comparisons",
+        "Arms",
         "Where the time went",
         "Waste by cause",
+        "What would change this answer",
         "What else used the machine",
         "Notes",
         "Why a figure is missing",
@@ -332,7 +333,7 @@ def test_hostile_names_break_no_table(name: str) -> None:
     }
     text = markdown(result)
     tables = _tables(text)
-    assert [len(table) for table in tables.values()] == [4, 3, 3, 5, 4, 4]
+    assert [len(table) for table in tables.values()] == [3, 4, 3, 5, 4, 4]
     assert all(len(row) == len(table[0]) for table in tables.values() for row in table)
     allowed = {"text", "strong_open", "strong_close", "code_inline"}
     assert {child.type for token in _parse(text) for child in token.children or []} <= allowed
@@ -468,5 +469,7 @@ def test_the_short_form_ends_at_a_line_and_keeps_the_limit() -> None:
 
 def test_a_report_that_fits_is_not_cut() -> None:
     result = make_result("baseline")
-    assert short_form(result) == markdown(result)
-    assert short_form(result, 10) == markdown(result)[:10]
+    whole = short_form(result, 10_000)
+    assert short_form(result, len(whole)) == whole
+    assert _headings(whole)[1:] == ["Arms", "How to reproduce"]
+    assert short_form(result, 10) == whole[:10]

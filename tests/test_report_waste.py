@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from make_result import make_result, make_row, make_unfinished, null, value
+from reports import markdown
 
 from pipeline.ledger.metrics import WASTE_CAUSES
 from pipeline.report import metered
-from pipeline.report.markdown import markdown
 from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.waste import (
     REMEDIES,

@@ -1,26 +1,44 @@
 """The files that a run leaves for readers: each line is a name, and what writes it.
 
-A format is a module of this folder with a function from a result, and the verdict of a release
-check, to the file's text; None where such a run leaves no such file.
+A format is a module of this folder with a function from what a run left to the file's content; None
+where such a run leaves no such file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from pipeline.ledger.shapes import NoVerdict, Result, VerdictFile
+from pipeline.ledger.attempted import attempted
+from pipeline.report.card import card_markdown, card_picture
+from pipeline.report.html import html_report
 from pipeline.report.junit import junit_report
-from pipeline.report.markdown import markdown_report
+from pipeline.report.markdown import markdown_report, pictures
+from pipeline.report.material import Material
 
-Writer = Callable[[Result, VerdictFile | NoVerdict | None], str | None]
+Content = str | bytes
+Writer = Callable[[Material], Content | None]
 
 WRITERS: dict[str, Writer] = {
     "junit.xml": junit_report,  # of a release check
+    "report.html": html_report,
     "report.md": markdown_report,
+    "card.md": card_markdown,
+    "card.png": card_picture,
 }
 
 
-def files_of(result: Result, verdict: VerdictFile | NoVerdict | None) -> dict[str, str]:
-    """Return the text of every file that this run leaves, by name."""
-    written = {name: write(result, verdict) for name, write in WRITERS.items()}
-    return {name: text for name, text in written.items() if text is not None}
+def files_of(material: Material, otherwise: Callable[[str], None]) -> Iterator[tuple[str, Content]]:
+    """Yield name and content of every file that this run leaves.
+
+    Args:
+        otherwise: Told in a line of each that could not be written; the others are.
+    """
+    for name, write in WRITERS.items():
+        content = attempted(lambda write=write: write(material), _not_written(name, otherwise))
+        if content is not None:
+            yield name, content
+    yield from pictures(material, otherwise)
+
+
+def _not_written(name: str, otherwise: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda why: otherwise(f"{name} could not be written ({why})")

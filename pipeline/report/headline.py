@@ -16,9 +16,10 @@ from pipeline.report.phrases import (
     QUALITY_WORDS,
     answer,
     difference,
+    interval,
     never_pays,
 )
-from pipeline.report.roles import CONTROLS, base_words, subject
+from pipeline.report.roles import CONTROLS, arm_name, base_words, subject
 from pipeline.report.view import (
     Value,
     finished_row,
@@ -278,3 +279,101 @@ def _counted(result: Result, arm: str, name: str) -> float | None:
     counts = [each["ledger"]["counts"][name]["value"] for each in rows]
     known = [each for each in counts if each is not None]
     return sum(known) if len(known) == len(counts) else None
+
+
+# -- the answer in a word, and in a number --------------------------------------------------------
+GATE_MOODS = {"PASS": "good", "FAIL": "bad", "INVALID": "bad"}
+"""Of a gate's verdicts; the others are undecided."""
+
+
+def badge_of(result: Result) -> tuple[str, str]:
+    """Return the answer in a word or two, and its mood: `good`, `bad` or `undecided`.
+
+    The word follows from the same figures as the verdict line: cost and quality of the primary arm,
+    and what plain training with the same compute does.
+    """
+    if verdict := result["verdict"]:
+        return verdict["verdict"], GATE_MOODS.get(verdict["verdict"], "undecided")
+    if result.get("is_release_check"):
+        return "NO VERDICT", "bad"
+    if result["status"] != "FINISHED":
+        return result["status"], "bad"
+    arm = result["primary_arm"]
+    if not seeds(result) or why_missing(result, arm):
+        return "NOT ANSWERED", "undecided"
+    if is_kept(result, arm):
+        return "DOES NOT PAY", "bad"
+    there = _answered(result)
+    if not there:
+        return "MEASURED", "undecided"
+    for pair in there:
+        quality = figure_of(pair, "quality")
+        if pair.get("base_is") != "compute_control" or quality is None:
+            continue
+        if quality["value"] is not None and answer(quality) in ("equal", "worse"):
+            return "NO GAIN OVER PLAIN TRAINING", "bad"
+    others = [pair for pair in there if pair.get("base_is") not in CONTROLS] or there
+    cost = _cost_pair(others)
+    return _word(None if cost is None else figure_of(*cost), _quality_pair(others, cost), cost)
+
+
+def _word(
+    figure: Value | None, quality: Pair | None, cost: tuple[Pair, str] | None
+) -> tuple[str, str]:
+    read = None if quality is None else figure_of(quality, "quality")
+    good = None if read is None or read["value"] is None else answer(read)
+    if cost is None:  # nothing but quality was compared
+        words = {"better": ("BETTER", "good"), "equal": ("AS GOOD", "good")}
+        words["worse"] = ("WORSE", "bad")
+        return words.get(good or "", ("UNDECIDED", "undecided"))
+    if figure is None or is_null(figure, cost[1]) or figure["value"] is None:
+        return "NOT MEASURABLE", "undecided"
+    if straddles(figure):
+        return "UNDECIDED", "undecided"
+    if figure["value"] <= 0:
+        return "DOES NOT PAY", "bad"
+    if good == "worse":
+        return "CHEAPER, AND WORSE", "bad"
+    if quality is not None and good not in ("better", "equal"):
+        return "CHEAPER, QUALITY UNDECIDED", "undecided"
+    if figure.get("ci") is None:
+        return "CHEAPER, ONE READING", "undecided"
+    return "PAYS", "good"
+
+
+def _answered(result: Result) -> list[Pair]:
+    """Return the comparisons of the primary arm whose base has an artifact."""
+    return [
+        pair
+        for pair in result["comparisons"]
+        if pair["arm"] == result["primary_arm"]
+        and pair["on"]
+        and why_missing(result, pair["base"]) is None
+    ]
+
+
+def number_of(result: Result) -> tuple[str, str, str]:
+    """Return the one number of a run, its interval, and what it is: what the primary arm saves, or
+    how good it is where nothing was compared. The number is `-` where it is not known.
+    """
+    there = _answered(result)
+    others = [pair for pair in there if pair.get("base_is") not in CONTROLS] or there
+    cost = _cost_pair(others)
+    figure = None if cost is None else figure_of(*cost)
+    if cost is not None and figure is not None and figure["value"] is not None:
+        pair, measure = cost
+        what = {"serving": "serving cost saved", "training": "training device-hours saved"}[measure]
+        return (
+            percent(figure["value"], sign=True),
+            interval(figure) if figure.get("ci") else "one reading, no interval",
+            f"{what} by {arm_name(pair['arm'])} against {arm_name(pair['base'])}",
+        )
+    key, row = primary_key(result), finished_row(result, result["primary_arm"])
+    quality = None if row is None else row["quality"].get(key)
+    what = f"{QUALITY_WORDS[key]} of {arm_name(result['primary_arm'])} on the test split"
+    if quality is None or quality["value"] is None:
+        return "-", "not known", what
+    ends = quality.get("ci")
+    spread = [significant(each, 4) for each in ends or ()]
+    said = f"{ARM_INTERVAL} {spread[0]} to {spread[1]}" if spread else "no interval"
+    return significant(quality["value"], 4), said, what

@@ -20,8 +20,9 @@ from pipeline.ledger.shapes import (
     ReleaseRecord,
     VerdictHistory,
 )
+from pipeline.report.blocks import Block, Bullets, Prose, Table
 from pipeline.report.chargeback import harmless
-from pipeline.report.text import markdown_text, pad
+from pipeline.report.text import pad
 
 NO_MODEL = "(no registered model)"
 _HEAD = (
@@ -200,28 +201,19 @@ def table(history: VerdictHistory) -> list[str]:
     return ["  ".join(map(pad, row, widths)).rstrip() for row in rows]
 
 
-def recent(history: VerdictHistory) -> list[str]:
-    """Return the lines of the section "The last releases" of a report; alarms stand first."""
+def recent(history: VerdictHistory) -> list[Block]:
+    """Return what a report says of the last releases; alarms stand first."""
     if history["why"] and len(history["releases"]) < 2:
-        return [
-            "## The last releases",
-            "",
-            f"Nothing to show: {markdown_text(history['why'], 300)}.",
-        ]
+        return [Prose(f"Nothing to show: {one_line(history['why'], 300)}.")]
     total, shown = history["of"], len(history["releases"])
-    named = markdown_text(history["model"] or NO_MODEL, 200)
+    loud = alarms(history)
+    said = [*loud, *remarks(history), *([history["why"]] if history["why"] else [])]
+    named = one_line(history["model"] or NO_MODEL, 200)
+    order = f"{named}: {shown} of {total}, each against the champion of its day, the newest last."
     return [
-        "## The last releases",
-        "",
-        *(f"- **{markdown_text(each)}**" for each in alarms(history)),
-        *(f"- {markdown_text(each)}" for each in remarks(history)),
-        *([f"- {markdown_text(history['why'], 300)}"] if history["why"] else []),
-        "",
-        f"{named}: {shown} of {total}, each against the champion of its day, the newest last.",
-        "",
-        f"| {' | '.join(_HEAD)} |",
-        f"|{' --- |' * len(_HEAD)}",
-        *(f"| {' | '.join(map(markdown_text, cells(row)))} |" for row in history["releases"]),
+        *([Bullets(said, first=len(loud))] if said else []),
+        Prose(order),
+        Table(_HEAD, [cells(row) for row in history["releases"]]),
     ]
 
 

@@ -12,16 +12,17 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 
 from pipeline.errors import one_line
-from pipeline.ledger.shapes import CriterionRecord, NoVerdict, Result, VerdictFile
+from pipeline.ledger.shapes import CriterionRecord, NoVerdict, VerdictFile
+from pipeline.report.material import Material
 from pipeline.report.verdict import criterion_words, end_code, shown_line, trouble
 
 SUITE = "release_check"
 _KINDS = {"FAIL": "failure", "INCONCLUSIVE": "failure", "INVALID": "error"}
 
 
-def junit_report(_: Result, verdict: VerdictFile | NoVerdict | None) -> str | None:
+def junit_report(material: Material) -> str | None:
     """Return a release check's verdict as JUnit XML; other runs judge nothing."""
-    return None if verdict is None else junit(verdict)
+    return None if material.verdict is None else junit(material.verdict)
 
 
 def junit(verdict: VerdictFile | NoVerdict) -> str:

@@ -1,123 +1,39 @@
-"""report.md: the question, its answer, and what the answer rests on, in the order a reviewer
-reads.
-"""
+"""Reports as Markdown: report.md, and what MLflow shows as a run's description."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from pipeline.compare import statistics
 from pipeline.errors import one_line
-from pipeline.evaluation.serving.engine import FIGURES as ENGINE_FIGURES
-from pipeline.evaluation.serving.engine import LOAD as ENGINE_LOAD
-from pipeline.ledger.attempted import UNMEASURED
-from pipeline.ledger.metrics import BY_KEY, RELATIVE, TASK, TRACED_SHARES, catalogue_key
-from pipeline.ledger.numbers import count, duration, num_bytes, percent, points, significant
-from pipeline.ledger.shapes import NoVerdict, Pair, Result, Row, Speedup, VerdictFile
-from pipeline.report import waste
-from pipeline.report.conclusion import conclude
-from pipeline.report.disturbance import KEYS as DISTURBANCE_KEYS
-from pipeline.report.disturbance import disturbance_table
-from pipeline.report.money import CONVERGED_KEYS, held, joules, money, money_lines
-from pipeline.report.phrases import ARM_INTERVAL, PAIR_INTERVAL, amount
-from pipeline.report.reading import reading_lines
-from pipeline.report.text import NO_BREAK, bullet, conclusion_markdown, markdown_text
-from pipeline.report.verdict import (
-    INDEPENDENT,
-    counted_words,
-    markdown_line,
-    needed_words,
-    unseen_words,
-    verdict_section,
+from pipeline.ledger.attempted import attempted
+from pipeline.report.blocks import Block, Bullets, Code, Figure, Prose, Section, Table, Terms
+from pipeline.report.drawing import as_png
+from pipeline.report.material import Material
+from pipeline.report.sections import answer_of, sections_of
+from pipeline.report.text import bullet, conclusion_markdown, markdown_text
+from pipeline.report.verdict import markdown_line
+from pipeline.report.view import device_words
+
+MOST_IN_MLFLOW = 8000
+"""Characters of a description that MLflow shows."""
+_CUT = "\n*(cut here; the whole report is `report.html` among the run's artifacts)*\n"
+_WHOLE = (
+    "The whole report, with its charts and what the figures mean: `report.html` beside this file."
 )
-from pipeline.report.view import (
-    SERVING_KEY,
-    Footnotes,
-    Value,
-    arm_rows,
-    device_words,
-    hours_of,
-    hours_word,
-    is_finished,
-    labels,
-    no_figure,
-    on_gpu,
-    primary_key,
-    quality_direction,
-    run_total,
-    seeds,
-    served_seed,
-    status_word,
-    straddles,
-    unit,
-    what_happened,
-    why_absent,
-)
-from pipeline.tasks.table import QUALITIES
-
-Figure = tuple[Value | None, Callable[[float], str]]
-"""A value and the form it is shown in."""
-_SMALL_SHARE = 0.005
-"""Phases below this share of a stage's time are summed up as `rest`."""
-_RELATIVE_WORDS = " and ".join(
-    each.words for each in QUALITIES.values() if each.relative
-).capitalize()
-_HOW_TO_READ = (
-    f"Positive is better or cheaper for the arm. {_RELATIVE_WORDS} differ by a share of the"
-    " base's, the other qualities by percentage points; savings are shares of the base's cost."
-    " Training saving = 1 - device-hours(arm) / device-hours(base), upstream stages included."
-    " It is reported only if the arm matches the base within quality.margin. C is the work of all"
-    " stages an artifact depends on, C_opt what the arm's took beyond those of its base."
-    " Payback is C_opt /"
-    " what a unit costs less to serve: the base's seconds x the serving saving. Each end of a"
-    f" {PAIR_INTERVAL} is a one-sided {percent((1 + statistics.LEVEL) / 2)} bound."
-)
-_CUT = "\n*(cut here; the whole report is `report.md` among the run's artifacts)*\n"
-_NOT_IN_ENVIRONMENT_TABLE = frozenset({"command", "notes"})
 
 
-def markdown_report(result: Result, verdict: VerdictFile | NoVerdict | None) -> str:
-    """Return the report of a run; a release check that came to no verdict opens with why."""
-    opening = "" if verdict is None or result["verdict"] else f"{markdown_line(verdict)}\n\n"
-    return opening + markdown(result)
-
-
-def markdown(result: Result) -> str:
-    """Return the whole report."""
-    notes = Footnotes()
-    shown: dict[str, None] = {}  # catalogue keys of the figures shown, in order
-    sections = [
-        _opening(result),
-        _section("Verdict", verdict_section(result["verdict"]) if result["verdict"] else []),
-        _section("Arms", _arms(result, notes, shown)),
-        _section("Comparisons", _comparisons(result, notes, shown)),
-        _section("lm-eval tasks", _tasks(result, notes, shown)),
-        _section("What quantizing changed", _drift(result, notes, shown)),
-        _section("What recovery brought", _recovery(result, notes, shown)),
-        _section("Serving", _serving(result, notes, shown)),
-        _section("Serving, declared", _engine(result, notes, shown)),
-        _section("Where the time went", _times(result, notes, shown)),
-        _section("What the device did in traced steps", _traced(result, shown)),
-        _section("Waste by cause", _waste(result, shown)),
-        _section("What else used the machine", _disturbance(result, notes, shown)),
-        _section("Notes", _notes(result)),
-        _section(
-            "Why a figure is missing", [bullet(f"{mark} {why}") for mark, why in notes.reasons()]
-        ),
-        _section("Device and environment", _environment(result)),
-        _section("What the figures mean", _definitions(shown)),
-        _section("How to reproduce", _reproduce(result)),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def short_form(result: Result, limit: int = 8000) -> str:
-    """Return the report cut at a line's end to at most `limit` characters (MLflow shows 8,000 of a
-    description).
+def markdown_report(material: Material) -> str:
+    """Return report.md: the first sections of the report, with their charts as pictures beside
+    it.
     """
-    text = markdown(result)
+    first = [section for section in sections_of(material) if section.is_first]
+    return _whole([opening(material), sections_text(first, pictures=material.charts), _WHOLE])
+
+
+def short_form(material: Material, limit: int = MOST_IN_MLFLOW) -> str:
+    """Return the same without pictures, cut at a line's end to at most `limit` characters."""
+    first = [section for section in sections_of(material) if section.is_first]
+    text = _whole([opening(material), sections_text(first)])
     if len(text) <= limit:
         return text
     room = limit - len(_CUT)
@@ -125,691 +41,89 @@ def short_form(result: Result, limit: int = 8000) -> str:
     return text[:limit] if end < 0 else text[: end + 1] + _CUT
 
 
-# -- sections -------------------------------------------------------------------------------------
-def _opening(result: Result) -> str:
-    verdict = result["verdict"]
-    answer = [markdown_line(verdict)] if verdict else []  # a gate's report begins with it
+def pictures(material: Material, otherwise: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of every picture that report.md shows.
+
+    Args:
+        otherwise: Told in a line of each that could not be drawn.
+    """
+    for section in sections_of(material) if material.charts else ():
+        for block in section.blocks:
+            if section.is_first and isinstance(block, Figure):
+                name = f"{block.name}.png"
+                failed = lambda why, name=name: otherwise(f"{name} could not be drawn ({why})")
+                drawn = attempted(lambda block=block: as_png(block), failed)
+                if drawn is not None:
+                    yield name, drawn
+
+
+def opening(material: Material) -> str:
+    """Return what stands before the sections: a gate's verdict, the question and the answer."""
+    result, verdict = material.result, material.result["verdict"] or material.verdict
+    line = [] if verdict is None else [markdown_line(verdict)]  # a gate's report begins with it
+    return _whole(
+        [
+            *line,
+            f"# {markdown_text(result['recipe'])}: {result['status']}",
+            f"**Question.** {markdown_text(result['question'])}",
+            conclusion_markdown(answer_of(result)),
+            f"Run `{_code(result['run_id'])}`, {markdown_text(device_words(result))}.",
+        ]
+    ).rstrip()
+
+
+def sections_text(sections: Sequence[Section], *, pictures: bool = False) -> str:
+    """Return sections as Markdown.
+
+    Args:
+        pictures: Show charts, as files of their names; else they are left out.
+    """
     return "\n\n".join(
-        [
-            *answer,
-            f"# {_md(result['recipe'])}: {result['status']}",
-            f"**Question.** {_md(result['question'])}",
-            conclusion_markdown(conclude(result)),
-            f"Run `{_code(result['run_id'])}`, {_md(device_words(result))}.",
-        ]
+        "\n".join([f"## {section.title}", "", *_lines(section.blocks, pictures=pictures)])
+        for section in sections
+        if any(pictures or not isinstance(block, Figure) for block in section.blocks)
     )
 
 
-def _arms(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    key, rows = primary_key(result), arm_rows(result)
-    if not rows:
-        return [
-            _md(
-                f"No stage was measured: the run ended {result['status']}:"
-                f" {result['why'] or 'no reason'}."
-            )
-        ]
-    use = (
-        "compute/gpu_hours" if on_gpu(result) else "compute/device_hours",
-        "compute/tokens",
-        f"quality/{key}",
-        f"serving/{SERVING_KEY}",
-        "compute/run_device_hours",
-        "compute/run_spent_device_hours",
-        "compute/run_reused_device_hours",
-    )
-    shown.update(dict.fromkeys(use))
-    head = (
-        "arm",
-        "status",
-        f"{hours_word(result)} (as time)",
-        "tokens",
-        f"{key.replace('_', ' ')} ({quality_direction(key)}) [{ARM_INTERVAL}]",
-        f"serving {BY_KEY[use[3]].unit} per 1k {unit(result)}s",
-    )
-    body = [
-        _arm_cells(name, row, result, notes) for name, row in zip(labels(rows), rows, strict=True)
-    ]
-    more = _where_measured(rows, shown)
-    head = (*head, *more)
-    body = [
-        [*cells, *(notes.show(*more[name](row)) for name in more)]
-        for cells, row in zip(body, rows, strict=True)
-    ]
-    time = lambda hours: duration(3600 * hours)
-    run = result["run"]
-    spent = f"Spent {notes.show(run['spent'], time)}, reused {notes.show(run['reused'], time)}; "
-    total = f"run total {run_total(result, notes)}.".replace(NO_BREAK, " ")
-    converged = result["run"].get("per_converged_model")
-    if converged is not None and converged["device_hours"]["value"] is not None:
-        shown.update(dict.fromkeys(CONVERGED_KEYS))
-    more_lines = [
-        line for text in money_lines(result) for line in ("", _md(f"{text[0].upper()}{text[1:]}."))
-    ]
-    return [*_table(head, body), "", _md(spent + total), *more_lines]
+def _lines(blocks: Iterable[Block], *, pictures: bool) -> list[str]:
+    lines: list[str] = []
+    for block in blocks:
+        match block:
+            case Prose():
+                own = [markdown_text(block.text, 4000)]
+            case Bullets():
+                own = [
+                    f"- **{markdown_text(item)}**" if number < block.first else bullet(item)
+                    for number, item in enumerate(block.items)
+                ]
+            case Table():
+                own = _table(block)
+            case Code():
+                # Indented: a fence could be closed by what the command holds, or by a cut.
+                own = [f"    {one_line(block.text, 2000)}"]
+            case Terms():
+                own = [
+                    f"- `{name}` ({unit}): {markdown_text(meaning)}"
+                    for name, unit, meaning in block.items
+                ]
+            case Figure() if pictures:
+                own = [f"![{markdown_text(block.title)}]({block.name}.png)"]
+            case Figure():
+                continue
+        lines += ["", *own] if lines else own
+    return lines
 
 
-def _disturbance(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    head, body = disturbance_table(result, notes)
-    if not body:
-        return []
-    shown.update(dict.fromkeys(DISTURBANCE_KEYS))
-    return _table(head, body)
-
-
-def _slice_words(worst: Value, by: Callable[[float], str]) -> str:
-    return f"{_md(worst['slice'])}: {by(worst['value'])} worse (n = {worst['n']})"
-
-
-def _drift(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    rows = [row for row in arm_rows(result) if "kl_to_unquantized" in row["quality"]]
-    if not rows:
-        return []
-    shown.update(
-        dict.fromkeys(f"quality/{key}" for key in ("kl_to_unquantized", "flips", "worst_slice"))
-    )
-    head = (
-        "arm",
-        "of its parameters in the format",
-        f"KL from the unquantized model, nats [{ARM_INTERVAL}]",
-        f"changed first predictions [{ARM_INTERVAL}]",
-        "worst slice",
-    )
-    body: list[list[str]] = []
-    for name, row in zip(labels(rows), rows, strict=True):
-        kl, flips = row["quality"]["kl_to_unquantized"], row["quality"]["flips"]
-        by = percent if primary_key(result) in RELATIVE else points
-        lost = _slice_words(row["quality"]["worst_slice"], by)
-        made = row.get("quantization")
-        share = "" if made is None else f"{notes.show(made['share'], percent)} in {made['format']}"
-        body.append(
-            [
-                _md(name),
-                share,
-                notes.show(kl, significant, "") + _bounds(kl, significant),
-                notes.show(flips, percent, "") + _bounds(flips, percent),
-                lost,
-            ]
-        )
-    return _table(head, body)
-
-
-def _tasks(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    """Return what the arms reach on lm-eval tasks, a row per arm and metric."""
-    rows = [row for row in arm_rows(result) if any(key.startswith(TASK) for key in row["quality"])]
-    if not rows:
-        return []
-    shown["quality/task"] = None
-    form = lambda v: significant(v, 4)
-    figures = [
-        (label, *key.removeprefix(TASK).split("/"), value)
-        for label, row in zip(labels(rows), rows, strict=True)
-        for key, value in row["quality"].items()
-        if key.startswith(TASK)
-    ]
-    body = [
-        [label, task, metric, notes.show(value, form) + _bounds(value, form), str(value["n"] or "")]
-        for label, task, metric, value in figures
-    ]
-    return _table(("arm", "task", "metric", f"mean [{ARM_INTERVAL}]", "documents"), body)
-
-
-def _recovery(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    rows = [row for row in arm_rows(result) if row["recovery"]]
-    if not rows:
-        return []
-    shown.update(dict.fromkeys(("recovery/loss", "recovery/kl")))
-    by = percent if primary_key(result) in RELATIVE else points
-    body = [
-        [
-            _md(name),
-            notes.show(hours_of(row, result), lambda hours: duration(3600 * hours)),
-            notes.show(row["recovery"]["loss"], by),
-            notes.show(row["recovery"]["kl"], significant),
-        ]
-        for name, row in zip(labels(rows), rows, strict=True)
-    ]
-    return _table(
-        ("fallback", hours_word(result), "lost on validation", "KL from its source, nats"), body
-    )
-
-
-def _arm_cells(name: str, row: Row, result: Result, notes: Footnotes) -> list[str]:
-    time = lambda hours: duration(3600 * hours)
-    hours = notes.show(hours_of(row, result), time)
-    quality = row["quality"].get(primary_key(result))
-    form, absent = lambda v: significant(v, 4), no_figure(row)
-    level = notes.show(quality, form, absent) + _bounds(quality, form)
-    return [
-        name,
-        status_word(row),
-        _spent_and_reused(row, result, hours, notes),
-        notes.show(row["ledger"]["counts"]["tokens"], count),
-        level,
-        notes.show(row["serving"].get(SERVING_KEY), significant, absent),
-    ]
-
-
-def _spent_and_reused(row: Row, result: Result, hours: str, notes: Footnotes) -> str:
-    if row["reused"]:
-        return f"spent 0, reused {hours}"
-    if "work" not in row:
-        return hours
-    return (
-        f"{hours}, reused {notes.show(hours_of(row['work'], result), lambda h: duration(3600 * h))}"
-    )
-
-
-def _where_measured(
-    rows: Sequence[Row], shown: dict[str, None]
-) -> dict[str, Callable[[Row], Figure]]:
-    """Return the columns, by head, that stand in the table where any row has a figure for them."""
-    candidates: tuple[tuple[str, str, Callable[[Row], Figure]], ...] = (
-        ("weights", "serving/weights_bytes", lambda row: (_weights(row), num_bytes)),
-        ("energy", "compute/energy_j", lambda row: (row["ledger"]["energy_j"], joules)),
-        (
-            "facility energy",
-            "cost/facility_energy_j",
-            lambda row: (row["ledger"]["cost"].get("facility_energy_j"), joules),
-        ),
-        ("MFU", "compute/mfu", lambda row: (row["ledger"]["counts"]["mfu"], percent)),
-        (
-            "device memory",
-            "compute/peak_reserved_bytes",
-            lambda row: (_memory(row, "peak_reserved_bytes"), num_bytes),
-        ),
-        (
-            "left of it",
-            "compute/memory_headroom_bytes",
-            lambda row: (_memory(row, "headroom_bytes"), num_bytes),
-        ),
-        ("cost", "cost/amount", _money),
-    )
-    found: dict[str, Callable[[Row], Figure]] = {}
-    for head, key, read in candidates:
-        if any((value := read(row)[0]) is not None and value["value"] is not None for row in rows):
-            found[head] = read
-            shown[key] = None
-    return found
-
-
-def _weights(row: Row) -> Value | None:
-    """Return the bytes of the loaded weights; where serving was not measured, its null says why."""
-    known, cost = (row["serving"].get(name) for name in ("weights_bytes", SERVING_KEY))
-    if known is None and cost is None:
-        return {"value": None, "provenance": "unavailable", "why_missing": no_figure(row)}
-    return cost if known is None and cost is not None and cost["value"] is None else known
-
-
-def _memory(row: Row, name: str) -> Value | None:
-    return row["ledger"]["memory"].get(name)
-
-
-def _money(row: Row) -> Figure:
-    cost = row["ledger"]["cost"]
-    return cost["amount"], lambda v: money(v, cost["currency"])
-
-
-def _bounds(value: Value | None, form: Callable[[float], str]) -> str:
-    interval = value.get("ci") if value else None
-    return f" [{form(interval[0])}, {form(interval[1])}]" if interval else ""
-
-
-def _comparisons(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    body = [
-        cells for pair in result["comparisons"] for cells in _pair_cells(result, pair, notes, shown)
-    ]
-    head = ("arm", "base", "read on", "figure", PAIR_INTERVAL, "n", "margin", "answer")
-    return [*_table(head, body), "", f"{_HOW_TO_READ} {_what_n_counts(result)}"] if body else []
-
-
-def _what_n_counts(result: Result) -> str:
-    num_seeds = len(seeds(result))
-    if num_seeds < 2:
-        return (
-            f"n counts test documents, of serving blocks of four readings.{_independence(result)}"
-        )
-    served = served_seed(result)
-    blocks = (
-        ""
-        if served is None
-        else f"; serving is read on the artifacts of seed {served}, and its n counts blocks"
-    )
-    return (
-        f"Each figure stands once for all {num_seeds} seeds: quality and training are means over"
-        f" them, with intervals over seeds, and n counts the seeds{blocks}."
-    )
-
-
-def _independence(result: Result) -> str:
-    """Return what the intervals over documents assume, and which damage the documents are too few
-    to show.
-    """
-    read = [
-        value
-        for pair in result["comparisons"]
-        for value in pair["quality"].values()
-        if value.get("ci")
-    ]
-    if not read:
-        return ""
-    unseen = max(read, key=lambda value: value.get("smallest_visible_damage") or 0.0)
-    words = unseen_words(unseen)
-    assumed = "" if any(value.get("groups") is not None for value in read) else f" {INDEPENDENT}"
-    return assumed + (f" {words[:1].upper()}{words[1:]}." if words else "")
-
-
-def _pair_cells(
-    result: Result, pair: Pair, notes: Footnotes, shown: dict[str, None]
-) -> Iterable[list[str]]:
-    """Yield a table row per figure that a comparison is read on."""
-    start, absent = [one_line(pair["arm"]), one_line(pair["base"])], why_absent(result, pair)
-    if "quality" in pair["on"]:
-        shown["savings/quality_delta"] = None
-        shown.update(dict.fromkeys(catalogue_key(f"quality/{key}") for key in pair["quality"]))
-        yield from (
-            [*start, *_quality_cells(key, value, notes)] for key, value in pair["quality"].items()
-        )
-        if not pair["quality"]:
-            yield [*start, "quality", "-" + notes.mark(absent), "", "", "", ""]
-    for measure in ("training", "serving"):
-        if measure in pair["on"]:
-            shown[f"savings/{measure}"] = None
-            yield [
-                *start,
-                f"{measure} saving",
-                *_saving_cells(pair[measure], notes, absent, len(seeds(result))),
-            ]
-            yield from ([*start, *cells] for cells in _parts_of_saving(pair[measure], notes, shown))
-    if pair["speedup"]:
-        shown["savings/memory"] = None
-        yield [*start, *_speedup_cells(pair["speedup"], notes)]
-    if "payback" in pair["on"]:
-        shown["savings/payback_units"] = None
-        yield [*start, "payback", *_payback_cells(pair["payback"], pair["serving"], notes, absent)]
-
-
-def _speedup_cells(speedup: Speedup, notes: Footnotes) -> list[str]:
-    what = f"memory saving ({speedup['memory']['of'].removesuffix('_bytes')})"
-    answer = "no_speedup: saves neither time nor memory" if speedup["no_speedup"] else ""
-    return [
-        what,
-        notes.show(speedup["memory"], lambda v: percent(v, sign=True)),
-        "",
-        "",
-        "",
-        answer,
-    ]
-
-
-def _quality_cells(key: str, value: Value, notes: Footnotes) -> list[str]:
-    form = lambda v: percent(v, sign=True) if key in RELATIVE else f"{points(v, sign=True)} points"
-    margin = amount(key, value["margin"]) if "margin" in value else "not stated"
-    name = (
-        key.removeprefix(TASK).replace("/", ": ") if key.startswith(TASK) else key.replace("_", " ")
-    )
-    figure = [name, notes.show(value, form), _bounds(value, form).strip()]
-    needed = value.get("items_to_decide")
-    more = f", about {needed_words(value, needed)}" if needed else ""
-    more += " whether beyond the margin" if needed and value["answer"] == "worse" else ""
-    more += f": {value['why_undecided']}" if value.get("why_undecided") else ""
-    return [
-        *figure,
-        counted_words(value) if "n" in value else "",
-        margin,
-        value.get("answer", "") + more,
-    ]
-
-
-def _saving_cells(value: Value | None, notes: Footnotes, absent: str, num_seeds: int) -> list[str]:
-    """Return a saving with its interval, and what that rests on: blocks, or seeds where there are
-    several.
-    """
-    form = lambda v: percent(v, sign=True)
-    n = value.get("blocks", num_seeds if num_seeds > 1 else "") if value and value.get("ci") else ""
-    disturbed = "; ".join(value.get("disturbed", [])) if value else ""
-    return [notes.show(value, form, absent), _bounds(value, form).strip(), str(n), "", disturbed]
-
-
-_ONLY_IF_KNOWN = ("new_spend_saving", "bound", "amortised", "less_others")
-"""Figures of a training saving that stand in for it, or beside it, in some cases only."""
-
-
-def _parts_of_saving(
-    value: Value | None, notes: Footnotes, shown: dict[str, None]
-) -> Iterable[list[str]]:
-    """Yield what a training saving is made of, where the comparison tells."""
-    share = lambda v: percent(v, sign=True)
-    time = lambda hours: duration(3600 * hours)
-    parts = (
-        ("systems", "systems part", share),
-        ("algorithmic", "algorithmic part", share),
-        ("new_spend_saving", "saving in new spending only", share),
-        ("less_others", "saving of device-time less what others took, estimated", share),
-        ("bound", "saving it stays below", share),
-        ("amortised", "saving with the teacher shared", share),
-        ("c_arm", "C(arm)", time),
-        ("c_base", "C(base)", time),
-        ("c_opt", "C_opt", time),
-    )
-    for name, words, form in parts:
-        if name == "less_others" and value and _is_as_read(value):
-            continue
-        if (
-            value
-            and name in value
-            and not (name in _ONLY_IF_KNOWN and value[name]["value"] is None)
-        ):
-            shown.update({"savings/c_opt_device_hours": None} if name == "c_opt" else {})
-            yield [f"training: {words}", notes.show(value[name], form), "", "", "", ""]
-    if value and value.get("rule"):
-        yield ["training: compared by", value["rule"], "", "", "", ""]
-
-
-def _is_as_read(value: Value) -> bool:
-    """Tell whether others took so little that the saving of time less theirs is the one that was
-    read.
-    """
-    read, less = value["value"], value.get("less_others", {"value": None})["value"]
-    return read is not None and less is not None and abs(read - less) < _SMALLEST_SHOWN
-
-
-_SMALLEST_SHOWN = 0.0005  # a tenth of a per cent, rounded
-
-
-def _payback_cells(
-    value: Value | None, serving: Value | None, notes: Footnotes, absent: str
-) -> list[str]:
-    """Return the payback, and the chance that the arm pays at the declared volume where one was
-    declared.
-    """
-    suffix = f" {value['unit']}s" if value else ""
-    chance = value.get("p_net_positive") if value else None
-    said = [f"P(net > 0) = {notes.show(chance, percent)}"] if chance else []
-    replicas = value.get("replicas_saved") if value else None
-    if replicas and replicas["value"] is not None:
-        open_still = (
-            ""
-            if serving is None or not straddles(serving)
-            else ", if the serving saving is what it seems"
-        )
-        said.append(f"{replicas['value']:.0f} replicas fewer at serving.rate{open_still}")
-    return [notes.show(value, lambda v: count(v) + suffix, absent), "", "", "", "; ".join(said)]
-
-
-_AT_LOAD: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("prefill", "prefill_device_s_per_1k_tokens", significant),
-    ("decode", "decode_device_s_per_1k_tokens", significant),
-    ("p50", "p50_s", duration),
-    ("p95", "p95_s", duration),
-    ("prefill p50", "prefill_p50_s", duration),
-    ("p95", "prefill_p95_s", duration),
-    ("token p50", "token_p50_s", duration),
-    ("p95", "token_p95_s", duration),
-    ("dynamic cache", f"dynamic_cache_{SERVING_KEY}", significant),
-    ("with a draft", f"drafted_{SERVING_KEY}", significant),
-    ("without", f"undrafted_{SERVING_KEY}", significant),
-    ("accepted", "draft_acceptance", percent),
-    ("units per joule", "units_per_joule", significant),
-    ("device memory", "peak_bytes", num_bytes),
-)
-"""Serving figures at the declared load, with the heads of their columns."""
-
-
-def _serving(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    """Return what stands behind the serving column of the arms, and how serving does at other batch
-    sizes.
-    """
+def _table(table: Table) -> list[str]:
     rows = [
-        (name, row["serving"])
-        for name, row in zip(labels(result["rows"]), result["rows"], strict=True)
+        f"| {' | '.join(markdown_text(cell, 300) for cell in cells)} |"
+        for cells in (table.head, *table.body)
     ]
-    known = {
-        key for _, serving in rows for key, value in serving.items() if value["value"] is not None
-    }
-    per_1k = lambda v: f"{significant(v)} ({count(1000 / v)})"
-    columns = [(head, key, form) for head, key, form in _AT_LOAD if key in known]
-    columns += [(f"batch {size}", _batch_key(size), per_1k) for size in _batch_sizes(known)]
-    served = [
-        (name, serving) for name, serving in rows if any(key in serving for _, key, _ in columns)
-    ]
-    if not served:
-        return []
-    shown.update({f"serving/{key}": None for _, key, _ in columns if f"serving/{key}" in BY_KEY})
-    body = [
-        [name, *(notes.show(serving.get(key), form) for _, key, form in columns)]
-        for name, serving in served
-    ]
-    what = unit(result)
-    legend = (
-        f"batch N: device-seconds per 1,000 {what}s ({what}s per device-second in brackets) at that"
-        " batch size; sizes other than the load's are read twice, and no saving rests on them. All"
-        " else is at the declared load, prefill and decode in device-seconds per 1,000 tokens, p50"
-        " and p95 of a batch, of its first token (prefill) and of its further ones."
-    )
-    if f"dynamic_cache_{SERVING_KEY}" in known:
-        legend += f" Dynamic cache: device-seconds per 1,000 {what}s when served so, read twice."
-    if f"drafted_{SERVING_KEY}" in known:
-        legend += (
-            f" With a draft, without: device-seconds per 1,000 {what}s, one sequence at a time, on"
-            " the same prompts. Accepted: the share of drafted tokens that the arm would have"
-            " written too."
-        )
-    ways = [
-        bullet(f"{pair['arm']} against {pair['base']}: {how}")
-        for pair in result["comparisons"]
-        if pair["serving"] and (how := pair["serving"].get("how"))
-    ]
-    return [
-        *_table(("arm", *(head for head, _, _ in columns)), body),
-        "",
-        legend,
-        *(["", *ways] if ways else []),
-    ]
+    return [rows[0], f"|{' --- |' * len(table.head)}", *rows[1:]]
 
 
-def _engine(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    """Return what files of a serving engine say, apart from all that was measured."""
-    rows = [
-        (name, row["serving"])
-        for name, row in zip(labels(result["rows"]), result["rows"], strict=True)
-    ]
-    rows = [
-        (name, serving) for name, serving in rows if any(key in serving for key in ENGINE_FIGURES)
-    ]
-    columns = [
-        key for key in (*ENGINE_FIGURES, *ENGINE_LOAD) if any(key in serving for _, serving in rows)
-    ]
-    if not rows:
-        return []
-    shown.update({f"serving/{key}": None for key in columns})
-    # written with their unit
-    in_seconds = {key: BY_KEY[f"serving/{key}"].unit == "s" for key in columns}
-    heads = [
-        key.removeprefix("engine_").removesuffix("_s" if in_seconds[key] else "").replace("_", " ")
-        for key in columns
-    ]
-    forms = [duration if in_seconds[key] else count for key in columns]
-    body = [
-        [
-            name,
-            *(notes.show(serving.get(key), form) for key, form in zip(columns, forms, strict=True)),
-        ]
-        for name, serving in rows
-    ]
-    legend = (
-        "As the files of serving.results say (see Notes). Nothing of it was measured here; no"
-        " saving rests on it."
-    )
-    return [*_table(("arm", *heads), body), "", legend]
-
-
-def _batch_key(size: int) -> str:
-    return f"batch_{size}_{SERVING_KEY}"
-
-
-def _batch_sizes(keys: Iterable[str]) -> list[int]:
-    """Return the batch sizes that serving figures speak of, smallest first."""
-    sizes = (key.removeprefix("batch_").removesuffix(f"_{SERVING_KEY}") for key in keys)
-    return sorted(int(size) for size in sizes if size.isdecimal())
-
-
-def _times(result: Result, notes: Footnotes, shown: dict[str, None]) -> list[str]:
-    rows = [
-        (name, row)
-        for name, row in zip(labels(result["rows"]), result["rows"], strict=True)
-        if _ran(row)
-    ]
-    if not rows:
-        return []
-    names = ("productive", "support", "wasted")
-    shown.update(dict.fromkeys(f"compute/{name}_device_hours" for name in names))
-    body = [
-        [
-            name,
-            *(_share_of_attached(row, part, notes) for part in names),
-            _causes(row, notes),
-            _phases(row),
-        ]
-        for name, row in rows
-    ]
-    return _table(("stage", *names, "wasted by", "phases"), body)
-
-
-def _traced(result: Result, shown: dict[str, None]) -> list[str]:
-    """Return the GPU timeline: shares of the steps that were traced, and where the traces lie."""
-    names = [name for name, *_ in TRACED_SHARES]
-    body: list[list[str]] = []
-    for label, row in zip(labels(result["rows"]), result["rows"], strict=True):
-        timeline = row["ledger"].get("gpu_timeline")
-        if timeline and timeline["busy"]["value"] is not None:
-            steps = f"{timeline['traced_steps']['value']:.0f}"
-            body.append([label, steps, *(percent(timeline[name]["value"]) for name in names)])
-    if not body:
-        return []
-    shown.update({f"compute/traced_{name}_share": None for name in names})
-    text = "Traces lie in the run's folder under traces/ and open in ui.perfetto.dev."
-    return [
-        *_table(("stage", "steps", *(name.replace("_", " ") for name in names)), body),
-        "",
-        text,
-    ]
-
-
-def _waste(result: Result, shown: dict[str, None]) -> list[str]:
-    body = waste.table_body(result)
-    shown.update({"compute/wasted_device_hours": None} if body else {})
-    return _table(waste.HEAD, body) if body else []
-
-
-def _ran(row: Row) -> bool:
-    return row["ledger"]["device_hours"]["attached"]["value"] is not None
-
-
-def _share_of_attached(row: Row, part: str, notes: Footnotes) -> str:
-    hours = row["ledger"]["device_hours"]
-    attached = hours["attached"]["value"]
-    return notes.show(hours[part], lambda v: percent(v / attached) if attached else "0%")
-
-
-def _causes(row: Row, notes: Footnotes) -> str:
-    hours = row["ledger"]["device_hours"]
-    time = lambda v: duration(3600 * v)
-    parts = [
-        f"{cause} {notes.show(value, time)}"
-        for cause, value in hours["wasted_by"].items()
-        if value["value"] != 0
-    ]
-    return ", ".join(parts) or "nothing"
-
-
-def _phases(row: Row) -> str:
-    """Return the phases by share of the stage's time, largest first."""
-    phases = row["ledger"]["phases_ns"]
-    total = sum(phases.values())
-    if not total:
-        return "no phase recorded"
-    shares = sorted(((ns / total, name) for name, ns in phases.items()), reverse=True)
-    rest = sum(share for share, _ in shares if share < _SMALL_SHARE)
-    large = [f"{name} {percent(share)}" for share, name in shares if share >= _SMALL_SHARE]
-    return ", ".join(large + ([f"rest {percent(rest)}"] if rest else []))
-
-
-def _failed(part: Any) -> list[str]:
-    """Return the reasons of nulls that measuring failed to give, each once, wherever they stand in
-    plain JSON.
-    """
-    if not isinstance(part, dict):
-        return []
-    held: dict[str, Any] = part
-    why = held.get("why_missing")
-    own = [why] if isinstance(why, str) and UNMEASURED in why else []
-    return list(
-        dict.fromkeys([*own, *(each for value in held.values() for each in _failed(value))])
-    )
-
-
-def _notes(result: Result) -> list[str]:
-    lines = [f"{result['status']}: {result['why']}"] if result["why"] else []
-    for name, row in zip(labels(result["rows"]), result["rows"], strict=True):
-        if not is_finished(row):
-            lines.append(f"{name} {what_happened(row)}")
-        elif row["reused"]:
-            lines.append(f"{name} reused from run {row['reused']}: spent 0 here")
-        lines += [
-            f"{name}: the meter says {problem}" for problem in row["ledger"]["meter_problems"]
-        ]
-        lines += [
-            f"{name}: {why}"
-            for why in _failed({part: row[part] for part in ("ledger", "quality", "serving")})
-        ]
-        if not row["ledger"]["meter_valid"]:
-            lines.append(f"{name}: its figures do not reconcile, so no comparison can rest on them")
-    lines += [f"comparison pass: {why}" for why in _failed(result["run"].get("compare_conditions"))]
-    lines += reading_lines(result)
-    kept = held(result["run"].get("allocated"))
-    lines += [] if kept is None else [kept]
-    attempts = result["run"]["attempts"]
-    lines += [f"the run took {attempts} attempts"] if attempts > 1 else []
-    lines += result["environment"]["notes"]
-    return [bullet(line) for line in dict.fromkeys(lines)]
-
-
-def _environment(result: Result) -> list[str]:
-    device = result["device"]
-    lines = {"device": f"{device['count']} x {device['name']} ({device['kind']})"}
-    for key, value in result["environment"].items():
-        if key not in _NOT_IN_ENVIRONMENT_TABLE and value is not None:
-            lines[key] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return _table(("what", "value"), [[key, value] for key, value in lines.items()])
-
-
-def _definitions(shown: Iterable[str]) -> list[str]:
-    metrics = [BY_KEY[key] for key in shown]
-    unit_of = lambda metric: "no unit" if metric.unit == "1" else metric.unit
-    return [f"- `{metric.key}` ({unit_of(metric)}): {_md(metric.meaning)}" for metric in metrics]
-
-
-def _reproduce(result: Result) -> list[str]:
-    """Return the command, indented: a fence could be closed by what the command holds, or by the
-    short form's cut.
-    """
-    command = result["environment"].get("command")
-    return [f"    {one_line(command, 2000)}"] if command else []
-
-
-# -- Markdown -------------------------------------------------------------------------------------
-def _section(title: str, lines: list[str]) -> str:
-    return "\n".join([f"## {title}", "", *lines]) if lines else ""
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    rows = [f"| {' | '.join(_md(cell, 300) for cell in cells)} |" for cells in (head, *body)]
-    return [rows[0], f"|{' --- |' * len(head)}", *rows[1:]]
-
-
-def _md(text: object, limit: int = 1000) -> str:
-    return markdown_text(text, limit)
+def _whole(parts: Sequence[str]) -> str:
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _code(text: object) -> str:

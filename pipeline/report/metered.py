@@ -1,17 +1,20 @@
-"""What a metered command leaves to read: report.md, the closing table, a conclusion."""
+"""What a metered command leaves to read: its report, the closing table, a conclusion."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import BY_KEY, row_summary
 from pipeline.ledger.numbers import count, duration, num_bytes, percent, significant
 from pipeline.ledger.shapes import Conclusion, DeviceHours, HoursPart, Result, Row
 from pipeline.report import waste
+from pipeline.report.blocks import Block, Bullets, Code, Section, Table, Terms
+from pipeline.report.details import unit_of
 from pipeline.report.money import cost_of_run, joules, money
-from pipeline.report.text import bullet, conclusion_markdown, markdown_text, pad, wrap
+from pipeline.report.text import pad, wrap
 from pipeline.report.view import Value, device_words, status_word
 
 WIDTH = 80
@@ -98,8 +101,13 @@ def closing_table(result: Result) -> str:
     )
 
 
-def markdown(result: Result) -> str:
-    """Return the report."""
+def is_metered(result: Result) -> bool:
+    """Tell whether a result is of a command of somebody else's."""
+    return bool(result["rows"]) and all(row["type"] == waste.METERED for row in result["rows"])
+
+
+def sections(result: Result) -> list[Section]:
+    """Return the sections of the report."""
     row = result["rows"][0]
     figures = row_summary(row)
     known = {
@@ -107,32 +115,21 @@ def markdown(result: Result) -> str:
         for key, value in figures.items()
         if (v := value["value"]) is not None and key in BY_KEY
     }
-    sections = [
-        f"# {markdown_text(row['arm'])}: {result['status']}",
-        f"**Question.** {markdown_text(result['question'])}",
-        conclusion_markdown(result["conclusion"]),
-        (
-            f"Run `{result['run_id']}`, {markdown_text(device_words(result))}"
-            f" ({markdown_text(result['device']['name'])})."
-        ),
-        _section(
-            "What it took",
-            _table(
-                ("figure", "value", "how it is known"),
-                ([key, _form(key, v, row), provenance] for key, (v, provenance) in known.items()),
-            ),
-        ),
-        _section("Where the time went", _phases(row)),
-        _section("Waste by cause", _table(waste.HEAD, waste.table_body(result))),
-        _section("Notes", [bullet(note) for note in _notes(result)]),
-        _section("Why a figure is missing", [bullet(text) for text in _missing(figures)]),
-        _section("Command", [f"    {one_line(result['environment']['command'], 2000)}"]),
-        _section(
+    taken = [[key, _form(key, v, row), provenance or ""] for key, (v, provenance) in known.items()]
+    found = [
+        Section("took", "What it took", _table(("figure", "value", "how it is known"), taken)),
+        Section("hours", "Where the time went", _phases(row)),
+        Section("waste", "Waste by cause", _table(waste.HEAD, waste.table_body(result))),
+        Section("notes", "Notes", _bullets(_notes(result))),
+        Section("missing", "Why a figure is missing", _bullets(_missing(figures))),
+        Section("command", "Command", [Code(result["environment"]["command"])]),
+        Section(
+            "meaning",
             "What the figures mean",
-            [f"- `{key}`: {markdown_text(BY_KEY[key].meaning)}" for key in known],
+            [Terms([(key, unit_of(key), BY_KEY[key].meaning) for key in known])],
         ),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    return [replace(each, is_first=True) for each in found if each.blocks]
 
 
 def _form(key: str, v: float, row: Row) -> str:
@@ -147,7 +144,7 @@ def _hours_of(key: str) -> str:
     return "GPU time" if BY_KEY[key].unit == "GPU-h" else "device time"
 
 
-def _phases(row: Row) -> list[str]:
+def _phases(row: Row) -> list[Block]:
     """Return the phases, largest first; what is too small to read is summed up."""
     if row["ledger"]["device_hours"]["wasted"]["value"] is None:
         return []
@@ -162,7 +159,7 @@ def _phases(row: Row) -> list[str]:
     }
     rest = total - sum(shown.values())
     lines = {**shown, **({"rest": rest} if rest else {})}
-    body = ([name, duration(ns / 1e9), percent(ns / total)] for name, ns in lines.items())
+    body = [[name, duration(ns / 1e9), percent(ns / total)] for name, ns in lines.items()]
     return _table(("phase", "time, mean of the devices", "share"), body)
 
 
@@ -190,14 +187,9 @@ def _missing(figures: Mapping[str, Value]) -> list[str]:
     return [f"{', '.join(keys)}: {why}" for why, keys in by_reason.items()]
 
 
-def _section(title: str, lines: list[str]) -> str:
-    return "\n".join([f"## {title}", "", *lines]) if lines else ""
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[Block]:
+    return [Table(head, body)] if body else []
 
 
-def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
-    rows = [
-        f"| {' | '.join(markdown_text(cell, 300) for cell in cells)} |" for cells in (head, *body)
-    ]
-    return (
-        [rows[0], f"|{' --- |' * (rows[0].count(' | ') + 1)}", *rows[1:]] if len(rows) > 1 else []
-    )
+def _bullets(items: Sequence[str]) -> list[Block]:
+    return [Bullets(items)] if items else []

@@ -21,8 +21,9 @@ from pipeline.ledger.shapes import (
     ShownVerdict,
     SideRecord,
 )
-from pipeline.report.history import look_words, recent
-from pipeline.report.text import bullet, markdown_text
+from pipeline.report.blocks import Block, Bullets, Prose, Table
+from pipeline.report.history import look_words
+from pipeline.report.text import markdown_text
 
 Ended: TypeAlias = ShownVerdict | NoVerdict
 """What verdict.json holds of a gate, or result.json: a verdict, or that it came to none."""
@@ -339,37 +340,29 @@ INDEPENDENT = (
 )
 
 
-def _assumed(criteria: Sequence[CriterionRecord]) -> list[str]:
+def _assumed(criteria: Sequence[CriterionRecord]) -> list[Block]:
     """Return the assumption that intervals over documents rest on, where no groups are known."""
     read = [
         each for each in criteria if each["name"].startswith("quality/") and each["ci"] is not None
     ]
-    return ["", INDEPENDENT] if read and all(each.get("groups") is None for each in read) else []
+    return [Prose(INDEPENDENT)] if read and all(each.get("groups") is None for each in read) else []
 
 
-def verdict_section(verdict: ShownVerdict) -> list[str]:
-    """Return the part of the report that a reviewer reads: criteria, both sides, what comes next,
-    the last releases.
-    """
+def verdict_blocks(verdict: ShownVerdict) -> list[Block]:
+    """Return what a reviewer reads: criteria, both sides, what comes next."""
     head = ("criterion", "outcome", "reading", "threshold", "n", "asked for", "note")
-    table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    table += [f"| {' | '.join(_cells(each))} |" for each in verdict["criteria"]]
     named = {"candidate": verdict["candidate"], "baseline": verdict["baseline"]}
-    sides = [_side(name, side) for name, side in named.items() if side is not None]
     decided = verdict["verdict"] in ("PASS", "FAIL") and not verdict.get("recorded")
-    lines = [
-        *([*table, "", SENSE, *_assumed(verdict["criteria"])] if verdict["criteria"] else []),
-        "",
-        *sides,
-        bullet(
-            f"policy {verdict['policy']['name']} ({verdict['policy']['sha256'][:8]}), "
-            f"{look_words(verdict)} of {verdict['looks']}"
-        ),
-        *(bullet(text) for text in _next(verdict)),
-        *([bullet(DECIDED)] if decided else []),
+    criteria = verdict["criteria"]
+    facts = [
+        *(_side(name, side) for name, side in named.items() if side is not None),
+        f"policy {verdict['policy']['name']} ({verdict['policy']['sha256'][:8]}), "
+        f"{look_words(verdict)} of {verdict['looks']}",
+        *_next(verdict),
+        *([DECIDED] if decided else []),
     ]
-    history = verdict.get("history")
-    return lines if not history else [*lines, "", *recent(history)]
+    table = [Table(head, [_cells(each) for each in criteria]), Prose(SENSE), *_assumed(criteria)]
+    return [*(table if criteria else []), Bullets(facts)]
 
 
 def counted_words(criterion: Mapping[str, Any]) -> str:
@@ -400,7 +393,7 @@ def _cells(criterion: CriterionRecord) -> list[str]:
         needed_words(criterion) if criterion["needed"] else "",
         unseen_words(criterion) or "",
     ]
-    cells = [
+    return [
         _title(criterion),
         criterion["outcome"],
         _reading(criterion),
@@ -409,14 +402,13 @@ def _cells(criterion: CriterionRecord) -> list[str]:
         "yes" if criterion["gating"] else "shown only",
         "; ".join(text for text in note if text),
     ]
-    return [markdown_text(cell) for cell in cells]
 
 
 def _side(name: str, side: SideRecord) -> str:
     version = f", version {side['version']} of {side['model']}" if side["version"] else ""
     hours = (side["charge"] or {}).get("work_device_hours")
     cost = ", no ledger" if hours is None else f", took {duration(3600 * hours)} of device time"
-    return bullet(f"{name}: {side['reference']}, artifact {side['digest']}{version}{cost}")
+    return f"{name}: {side['reference']}, artifact {side['digest']}{version}{cost}"
 
 
 def _promoted(verdict: ShownVerdict) -> list[str]:

@@ -23,19 +23,21 @@ from pipeline.ledger.run_cost import run_cost
 from pipeline.ledger.shapes import Figures, HoursPart, Result, RunTotals
 from pipeline.ledger.values import measured, null
 from pipeline.report.conclusion import conclude
-from pipeline.report.formats import files_of
+from pipeline.report.github import MOST_BYTES
 from pipeline.report.markdown import short_form
+from pipeline.report.material import material_of
 from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import conclusion_lines
 from pipeline.report.verdict import shown_line
 from pipeline.runs.allocation import allocation
 from pipeline.runs.charges import note_charges
 from pipeline.runs.environment import environment
+from pipeline.runs.files import write_files
 from pipeline.runs.forecasting import scored
 from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
 from pipeline.runs.rows import hours_in
 from pipeline.runs.running import Running
-from pipeline.store.artifacts import MODEL, free_room, write_json, write_text
+from pipeline.store.artifacts import MODEL, free_room, write_json
 from pipeline.tracking.deliver import ui_command
 from pipeline.tracking.writer import GATE_S, let_go, undelivered
 
@@ -58,9 +60,10 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
     write_json(running.session.folder / "result.json", result)
     write_json(running.session.folder / "catalogue.json", metrics.export())
     verdict = ended(running, status, why)
-    files = files_of(result, verdict)
-    for name, text in files.items():
-        write_text(running.session.folder / name, text)
+    material = material_of(
+        result, running.session.folder, verdict, charts=running.session.run.tracking.charts
+    )
+    files = write_files(running.session.folder, material)
     state = read_record(running.session.folder / "run.json", RUN)
     end = {
         "status": status,
@@ -75,9 +78,9 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
         why=why,
         primary_arm=running.session.run.primary_arm,
         run=result["run"],
-        description=short_form(result),
+        description=short_form(material),
         files=[
-            *write_outputs(running, verdict),
+            *write_outputs(running, verdict, short_form(material, MOST_BYTES)),
             *files,
             "result.json",
             "catalogue.json",
@@ -107,7 +110,7 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
     conclusion = "\n".join(conclusion_lines(result["conclusion"], WIDTH))
     print(
         f"\n{closing_table(result)}\n\n{conclusion}\n\nreport:"
-        f" {running.session.folder / 'report.md'}"
+        f" {running.session.folder / 'report.html'}"
     )
     if writer is None:
         return None

@@ -212,11 +212,16 @@ def ended(running: Running, status: str, why: str | None) -> VerdictFile | NoVer
     }
 
 
-def write_outputs(running: Running, written: VerdictFile | NoVerdict | None) -> list[str]:
-    """Write what a gate leaves beside the report (`ended` says what); return the files' names."""
+def write_outputs(
+    running: Running, written: VerdictFile | NoVerdict | None, report: str
+) -> list[str]:
+    """Write what a gate leaves beside the report (`ended` says what); return the files' names.
+
+    Args:
+        report: As Markdown, for the summary of a step of GitHub's.
+    """
     if written is None:
         return []
     write_json(running.session.folder / FILE, written)
-    report = running.session.folder / "report.md"
-    tell_github(written, report.read_text(encoding="utf-8"), {"report": str(report)})
+    tell_github(written, report, {"report": str(running.session.folder / "report.md")})
     return [FILE]

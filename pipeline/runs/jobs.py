@@ -15,7 +15,7 @@ from pipeline.ledger.journal import Journal, read_events
 from pipeline.ledger.records import RUN, read_record
 from pipeline.ledger.run_cost import paid_for
 from pipeline.ledger.shapes import Allocated, Event, LastLine, Result, RunTotals
-from pipeline.store.artifacts import write_json, write_text
+from pipeline.store.artifacts import write_json
 from pipeline.store.locks import lock_at
 
 
@@ -56,8 +56,9 @@ def settle(folder: Path) -> bool:
 
 
 def _settle(folder: Path) -> bool:
-    from pipeline.report.formats import files_of
     from pipeline.report.markdown import short_form
+    from pipeline.report.material import material_of
+    from pipeline.runs.files import write_files
 
     events = read_events(folder / "journal.jsonl", checked=True)
     last = events[-1] if events else None
@@ -72,10 +73,11 @@ def _settle(folder: Path) -> bool:
     result = cast(Result, json.loads((folder / "result.json").read_text()))
     result["run"] = _with(last["run"], found, events)
     write_json(folder / "result.json", result)
+    charts = (folder / "card.png").is_file()
+    material = material_of(result, folder, charts=charts)
     if not result.get("is_release_check"):  # a gate's files hold its verdict, which stands
-        for name, text in files_of(result, None).items():
-            write_text(folder / name, text)
-    _end_again(folder, last, result["run"], short_form(result))
+        write_files(folder, material)
+    _end_again(folder, last, result["run"], short_form(material))
     return True
 
 

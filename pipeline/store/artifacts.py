@@ -124,17 +124,22 @@ plain = _plain
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, secrets left out, so that a reader sees the old file or the new one, whole."""
-    _write(path, json.dumps(redact_json(content), indent=1, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(redact_json(content), indent=1, ensure_ascii=False, allow_nan=False)
+    _write(path, text.encode("utf-8", "replace"))
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text, secrets left out, so that a reader sees the old file or the new one, whole."""
-    _write(path, redact(text))
+    _write(path, redact(text).encode("utf-8", "replace"))
 
 
-def _write(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write what is no text, as it is, so that a reader sees the old file or the new one, whole."""
+    _write(path, content)
+
+
+def _write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; a folder that was removed meanwhile is made again."""
-    content = text.encode("utf-8", "replace")
     # One try more, where the folder was gone or in the way.
     for is_last in (False, True):
         path.parent.mkdir(parents=True, exist_ok=True)

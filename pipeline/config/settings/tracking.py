@@ -29,6 +29,8 @@ class TrackingConfig:
     root: str = "mlruns"  # the folder that holds everything a run leaves
     mlflow: bool = True  # false: journal and reports only
     uri: Optional[str] = None  # of an MLflow server or store; null: SQLite under `root`
+    # false: no charts in report.html, no pictures beside it; a run ends seconds earlier
+    charts: bool = True
     experiment: Optional[str] = None  # null: the recipe's name
     team: Optional[str] = None  # who pays, on every run and row
     cost_center: Optional[str] = None  # likewise

@@ -39,16 +39,19 @@ from pipeline.ledger.shapes import (
     RunTotals,
 )
 from pipeline.ledger.values import measured
-from pipeline.report.metered import conclude, markdown
+from pipeline.report.markdown import short_form
+from pipeline.report.material import material_of
+from pipeline.report.metered import conclude
+from pipeline.runs.files import write_files
 from pipeline.runs.metering.options import Settings
 from pipeline.runs.metering.row import Facts, make_row
-from pipeline.store.artifacts import plain, read_json, write_json, write_text
+from pipeline.store.artifacts import plain, read_json, write_json
 from pipeline.store.locks import check_locks, lock_at
 from pipeline.tracking.deliver import declared_uri
 
 RECIPE, TYPE = "meter", "metered"
 QUESTION = "what did this command take?"
-FILES = ("report.md", "result.json", "catalogue.json", "config.json")
+FILES = ("result.json", "catalogue.json", "config.json")
 
 
 @dataclass(slots=True)
@@ -185,7 +188,8 @@ class MeteredRun:
         result = self._result(facts, row, totals, [*notes, *said])
         write_json(self.folder / "result.json", result)
         write_json(self.folder / "catalogue.json", metrics.export())
-        write_text(self.folder / "report.md", markdown(result))
+        material = material_of(result, self.folder)
+        files = write_files(self.folder, material)
         state = {**(read_json(self.folder / "run.json") or {}), "status": facts.status, "pid": None}
         write_json(self.folder / "run.json", state)
         self.journal.write(
@@ -194,8 +198,8 @@ class MeteredRun:
             why=facts.why,
             primary_arm=facts.name,
             run=result["run"],
-            description=markdown(result),
-            files=FILES,
+            description=short_form(material),
+            files=[*files, *FILES],
             **at,
         )
         self.journal.close()
