@@ -5,16 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.report import markdown as module
+from pipeline.report import run_report
+from pipeline.report.history import recent as blocks_of_history
 from pipeline.report.material import Material
 from pipeline.report.sections import sections_of
+from pipeline.report.verdict import verdict_blocks
 
 
 def markdown(result: Any) -> str:
     """Return all sections of a report as Markdown, without its pictures."""
     material = Material(result)
-    return f"{module.opening(material)}\n\n{module.sections_text(sections_of(material))}\n"
+    return f"{run_report.opening_of(material)}\n\n{module.sections_text(sections_of(material))}\n"
 
 
 def short_form(result: Any, limit: int = module.MOST_IN_MLFLOW) -> str:
     """Return the short form."""
-    return module.short_form(Material(result), limit)
+    return run_report.short_form(Material(result), limit)
+
+
+def verdict_section(verdict: Any) -> list[str]:
+    """Return the lines of a verdict, and of the releases before it."""
+    history = verdict.get("history")
+    lines = module.block_lines(verdict_blocks(verdict))
+    return lines if not history else [*lines, "", *recent(history)]
+
+
+def recent(history: Any) -> list[str]:
+    """Return the lines on a model's last releases."""
+    return module.block_lines(blocks_of_history(history))

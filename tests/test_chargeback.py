@@ -38,6 +38,7 @@ DAY = 86400.0
 NOON = NOV + DAY / 2
 PERIOD = ("--from", "2026-11-01", "--to", "2026-12-01")
 SMALLEST = [
+    "tracking.charts=false",
     *(
         "training.steps=1",
         "training.batch_size=4",

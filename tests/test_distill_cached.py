@@ -44,6 +44,7 @@ from pipeline.tasks.table import Task
 from pipeline.tracking.deliver import deliver
 
 TINY = [
+    "tracking.charts=false",
     "recipe=distill_cached",
     "tracking.mlflow=false",
     "stages.teacher.steps=2",

@@ -21,6 +21,7 @@ from pipeline.ledger.journal import read_events
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 SMALL = [
+    "tracking.charts=false",
     *("-m", "pipeline", "hardware.device=cpu", "hardware.num_threads=1", "precision=fp32"),
     *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128"),
     *("model.shape.layers=2", "training.batch_size=4", "training.sequence_length=32"),

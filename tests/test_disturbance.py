@@ -155,6 +155,7 @@ def test_a_cpus_load_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- whole runs -----------------------------------------------------------------------------------
 
 TINY = [
+    "tracking.charts=false",
     "stages.teacher.steps=2",
     "training.steps=3",
     "training.batch_size=4",

@@ -329,6 +329,7 @@ def test_a_pass_without_a_draft_keeps_the_key_it_had() -> None:
 # -- a run ----------------------------------------------------------------------------------------
 
 TINY = [
+    "tracking.charts=false",
     *("recipe=distill", "~stages.control_steps", "~stages.control_compute"),
     "compare=[{arm: student, base: teacher, on: [quality, serving]}]",
     *("tracking.mlflow=false", "stages.teacher.steps=2", "training.steps=2"),

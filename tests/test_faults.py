@@ -20,6 +20,7 @@ from pipeline.ledger.schema import RESULT_SCHEMA
 pytestmark = pytest.mark.faults
 
 SMALL = [
+    "tracking.charts=false",
     *(
         "training.batch_size=4",
         "training.sequence_length=64",

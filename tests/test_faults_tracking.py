@@ -141,6 +141,7 @@ def _is_json(text: str) -> bool:
 
 
 SMALL = (
+    "tracking.charts=false",
     "recipe=baseline",
     "training.batch_size=4",
     "training.sequence_length=64",

@@ -342,6 +342,7 @@ def test_no_kind_of_failure_gets_out(
 # -- trained and distilled ------------------------------------------------------------------------
 
 TINY = [
+    "tracking.charts=false",
     "training.steps=3",
     "training.batch_size=4",
     "training.sequence_length=48",

@@ -455,6 +455,7 @@ def test_the_record_has_coverage_error_and_width() -> None:
 # -- as a user runs it ----------------------------------------------------------------------------
 
 TINY = [
+    "tracking.charts=false",
     *("recipe=baseline", "precision=fp32", "hardware.device=cpu", "tracking.mlflow=false"),
     *("training.steps=14", "training.batch_size=4", "training.sequence_length=64"),
     *("data.max_documents=40", "data.vocabulary_size=512", "training.eval_documents=1"),

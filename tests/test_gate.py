@@ -33,6 +33,7 @@ from pipeline.store.verdicts import as_recorded, checksum, recall, record
 from pipeline.tracking.deliver import deliver
 
 GATE = [
+    "tracking.charts=false",
     *("recipe=release_check", "policy=smoke", "data.max_documents=40", "quality.max_documents=24"),
     *(
         "quality.bootstrap=1000",

@@ -25,7 +25,7 @@ from junitparser import Error, Failure, JUnitXml, Skipped
 from make_result import make_result, make_row
 from make_verdict import accuracy, make_verdict, no_baseline, payback, serving
 from markdown_it import MarkdownIt
-from reports import markdown
+from reports import markdown, verdict_section
 
 from pipeline.compare.verdict import Outcome
 from pipeline.errors import BudgetSpent, Preempted, exit_of
@@ -35,7 +35,7 @@ from pipeline.ledger.values import null
 from pipeline.report.conclusion import conclude
 from pipeline.report.github import annotation, outputs, summary, tell_github
 from pipeline.report.junit import junit
-from pipeline.report.verdict import markdown_line, release_conclusion, verdict_line, verdict_section
+from pipeline.report.verdict import markdown_line, release_conclusion, verdict_line
 from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
 from pipeline.store.verdicts import as_recorded, checksum
 
@@ -343,13 +343,12 @@ def test_files_are_written_beside_the_report(
 ) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary"))
-    (tmp_path / "report.md").write_text("PASS\n")
     attempt = gate_of(make_verdict(), tmp_path)
-    assert write_outputs(attempt, ended(attempt, "FINISHED", None)) == ["verdict.json"]
+    assert write_outputs(attempt, ended(attempt, "FINISHED", None), "PASS\n") == ["verdict.json"]
     jsonschema.validate(json.loads((tmp_path / "verdict.json").read_text()), VERDICT_SCHEMA)
     assert (tmp_path / "summary").read_text() == "PASS\n"
     assert ended(SimpleNamespace(session=SimpleNamespace(gate=None)), "FINISHED", None) is None
-    assert write_outputs(attempt, None) == []
+    assert write_outputs(attempt, None, "") == []
 
 
 ALL = [

@@ -51,6 +51,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))  # the CPU tries the tests themselves
 SMALL = [
+    "tracking.charts=false",
     *(
         "training.batch_size=8",
         "training.sequence_length=128",

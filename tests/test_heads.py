@@ -29,6 +29,7 @@ from pipeline.models.load import check_loads, load_config, save_model
 from pipeline.tasks.table import Task
 
 QUICK = (
+    "tracking.charts=false",
     "policy=smoke",
     "tracking.mlflow=false",
     "data.max_documents=40",

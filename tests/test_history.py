@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from make_result import make_run
+from reports import recent, verdict_section
 
 from pipeline.cli.commands.history import main
 from pipeline.compare.history import (
@@ -35,8 +36,7 @@ from pipeline.compare.history import (
 from pipeline.compare.statistics import abba_saving, look_alpha
 from pipeline.gate.history import as_json, history_of, of_verdict
 from pipeline.ledger.journal import Journal
-from pipeline.report.history import alarms, recent, remarks, to_csv
-from pipeline.report.verdict import verdict_section
+from pipeline.report.history import alarms, remarks, to_csv
 from pipeline.store.verdicts import as_recorded, checksum
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.registry import Candidate, promote, read_verdicts
@@ -513,7 +513,7 @@ def test_the_gate_s_own_verdict_joins_the_history_once(released: Path) -> None:
     assert told["releases"][1]["again"] == 1
     json.dumps(told, allow_nan=False)
     text = "\n".join(recent(told))
-    assert text.startswith("## The last releases\n")
+    assert text.startswith("- no step down in serving")
     assert (
         "v1 00000000 | 00000000 | PASS | +20.40% \\[+18.40, +22.40\\] | -0.10% \\[-0.30, +0.10\\]"
         " vs -1 |" in text

@@ -38,6 +38,7 @@ from pipeline.stages import step_flops
 from pipeline.store.artifacts import digest_folder
 
 TINY = [
+    "tracking.charts=false",
     "recipe=distill",
     "stages.teacher.steps=2",
     "training.steps=2",

@@ -258,6 +258,7 @@ def _unproven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RUN = (
+    "tracking.charts=false",
     "recipe=quantize",
     "~stages.bf16",
     "~stages.fp16",

@@ -18,6 +18,7 @@ from make_assess_models import saved, tiny
 from pipeline.tasks.table import Task
 
 TINY = [
+    "tracking.charts=false",
     *(
         "training.steps=4",
         "training.batch_size=4",

@@ -203,6 +203,7 @@ def test_the_spread_of_trainings_is_what_the_training_criterion_takes() -> None:
 # -- a real one -----------------------------------------------------------------------------------
 
 SMALL = [
+    "tracking.charts=false",
     *("policy=smoke", "policy.load.prompt=16", "policy.load.new=4", "policy.load.batch=2"),
     *("data.max_documents=40", "quality.max_documents=24", "quality.bootstrap=200"),
     "training.sequence_length=64",

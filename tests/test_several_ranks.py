@@ -40,6 +40,7 @@ from pipeline.training.ranks import Place, RankLost, Ranks, place_in
 
 PROGRAM = str(PROJECT / "tests/programs/ranks.py")
 SMALL = [
+    "tracking.charts=false",
     *("recipe=baseline", "hardware.device=cpu", "precision=fp32"),
     *("training.batch_size=4", "training.steps=8"),
     *("training.sequence_length=32", "data.max_documents=40", "quality.max_documents=20"),

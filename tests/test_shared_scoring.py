@@ -215,6 +215,7 @@ def test_ranks_leave_their_times_and_wait_not_for_the_first(found: dict[str, Any
 # -- a run ----------------------------------------------------------------------------------------
 
 SMALL = [
+    "tracking.charts=false",
     *("recipe=baseline", "hardware.device=cpu", "precision=fp32"),
     *("training.batch_size=4", "training.steps=2", "training.sequence_length=32"),
     *("data.max_documents=60", "quality.max_documents=8", "quality.batch_size=2"),

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
+    "tracking.charts=false",
     *(
         "training.steps=2",
         "training.batch_size=4",

@@ -115,7 +115,7 @@ def _qualities(materials: Sequence[Material], *, in_points: bool) -> Iterator[In
                 value=quality["value"],
                 ends=_ends(quality),
                 margin=quality.get("margin"),
-                shown=_shown(quality, lambda _, each=quality, of=key: signed(of, each["value"])),
+                shown=_shown(quality, lambda v, of=key: signed(of, v)),
                 mood="" if quality["value"] is None else answer(quality),
             )
 
@@ -193,15 +193,22 @@ def arms(materials: Sequence[Material]) -> list[Block]:
 
 
 # -- quality against cost -------------------------------------------------------------------------
-def trade_offs(materials: Sequence[Material]) -> list[Block]:
-    """Return quality against what the arms took to make, and against what they cost to serve."""
-    hours = hours_word(materials[0].result)
+def trade_offs(
+    materials: Sequence[Material], *, hours: bool = True, serving: bool = True
+) -> list[Block]:
+    """Return quality against what the arms took to make, and against what they cost to serve.
+
+    Args:
+        hours: Whether those of all can be compared; else that chart is left out.
+        serving: Likewise.
+    """
+    word = hours_word(materials[0].result)
     what = unit(materials[0].result)
     made = _trade_off(
         materials,
         "quality-hours",
-        f"Quality against {hours}",
-        f"{hours} of all stages that led to the arm",
+        f"Quality against {word}",
+        f"{word} of all stages that led to the arm",
         lambda result, row: _made_in(result, row["arm"], row["seed"]),
     )
     served = _trade_off(
@@ -211,7 +218,7 @@ def trade_offs(materials: Sequence[Material]) -> list[Block]:
         f"device-seconds for 1,000 {what}s",
         lambda _, row: row["serving"].get(SERVING_KEY, {"value": None})["value"],
     )
-    return [*made, *served]
+    return [*(made if hours else []), *(served if serving else [])]
 
 
 def _trade_off(

@@ -42,6 +42,7 @@ from pipeline.report.view import (
     status_word,
     straddles,
     unit,
+    unit_of,
     what_happened,
     why_absent,
 )
@@ -716,13 +717,11 @@ def definitions(shown: Iterable[str]) -> list[Block]:
     return [Terms(items)] if items else []
 
 
-def unit_of(key: str) -> str:
-    """Return the unit of a figure of the catalogue, in words where it has none."""
-    unit = BY_KEY[key].unit
-    return "no unit" if unit == "1" else unit
-
-
 def reproduce(result: Result) -> list[Block]:
     """Return the command that the run was started by."""
-    command = result["environment"].get("command")
+    return command_block(result["environment"].get("command"))
+
+
+def command_block(command: str | None) -> list[Block]:
+    """Return a command to copy."""
     return [Code(one_line(command, 2000))] if command else []

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import one_line
 from pipeline.report.blocks import Bars, Chart, Curves, Figure, Intervals, Scatter
 
 if TYPE_CHECKING:
@@ -80,7 +81,12 @@ WIDTH_IN = 5.4
 """Of a chart, so that its text is still readable where a phone shows it at two thirds."""
 LINE_IN = 0.27
 """Of a line of labels."""
-LONGEST_LABEL = 44
+LETTER_IN = 0.078
+"""Of a letter of 9 points, on the average."""
+LEGEND_IN = 0.19
+"""Of a line of a legend."""
+TOP_IN = 0.1
+LONGEST_LABEL = 40
 _MOODS = {"better": "good", "equal": "good", "worse": "bad", "undecided": "undecided"}
 _MARKERS = "osD^vP*X"
 _HEAD = re.compile(r"^.*?(?=<svg )", re.DOTALL)
@@ -122,7 +128,7 @@ def quietly(salt: str) -> Generator[None]:
     """
     from matplotlib import rc_context
 
-    settings: dict[str, Any] = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
         "text.parse_math": False,
@@ -138,7 +144,16 @@ def quietly(salt: str) -> Generator[None]:
 def _drawn(chart: Chart, colors: Palette) -> Canvas:
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(WIDTH_IN, _height(chart)), layout="constrained")
+    # By hand: a layout that is found by trial draws everything twice.
+    left, below = _left_in(chart), 0.5 + LEGEND_IN * _legend_lines(chart)
+    height = _height_in(chart) + TOP_IN + below
+    canvas = Canvas(figsize=(WIDTH_IN, height))
+    canvas.subplots_adjust(
+        left=left / WIDTH_IN,
+        right=1 - 0.12 / WIDTH_IN,
+        bottom=below / height,
+        top=1 - TOP_IN / height,
+    )
     axes = canvas.add_subplot()
     match chart:
         case Intervals():
@@ -153,16 +168,41 @@ def _drawn(chart: Chart, colors: Palette) -> Canvas:
     return canvas
 
 
-def _height(chart: Chart) -> float:
+def _height_in(chart: Chart) -> float:
+    """Return the height of what is between the axes, inches."""
     match chart:
         case Intervals():
-            return 0.75 + LINE_IN * max(2, len(chart.rows))
+            return LINE_IN * max(2, len(chart.rows))
         case Bars():
-            return 1.2 + LINE_IN * (max(2, len(chart.labels)) + math.ceil(len(chart.parts) / 3))
+            return LINE_IN * max(2, len(chart.labels))
         case Scatter():
-            return 3.6
+            return 2.6
         case Curves():
-            return 3.0 + 0.2 * math.ceil(len(chart.series) / 2)
+            return 2.3
+
+
+def _left_in(chart: Chart) -> float:
+    """Return the room for labels left of the axes, inches."""
+    match chart:
+        case Intervals():
+            labels = [row.label for row in chart.rows]
+        case Bars():
+            labels = chart.labels
+        case _:
+            return 0.75
+    return 0.2 + LETTER_IN * max((len(short(label)) for label in labels), default=0)
+
+
+def _legend_lines(chart: Chart) -> int:
+    match chart:
+        case Scatter():
+            return math.ceil(len(chart.points) / 2)
+        case Bars():
+            return math.ceil(len(chart.parts) / 3)
+        case Curves() if len(chart.series) > 1:
+            return math.ceil(len(chart.series) / 2)
+        case _:
+            return 0
 
 
 def _plain(axes: Axes, colors: Palette) -> None:
@@ -177,7 +217,8 @@ def _plain(axes: Axes, colors: Palette) -> None:
 
 
 def short(label: str) -> str:
-    """Return a label that leaves room for a chart."""
+    """Return a label that leaves room for a chart, without what cannot be seen."""
+    label = one_line(label)
     return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 2]}.."
 
 
@@ -218,9 +259,9 @@ def _intervals(axes: Axes, chart: Intervals, colors: Palette) -> None:
     if chart.zero:
         axes.axvline(0.0, color=colors.muted, linewidth=1.0)
         axes.xaxis.set_major_formatter(lambda v, _: f"{100 * v:+.3g}" if v else "0")
-        axes.set_xlabel(f"{chart.axis}, %" if "points" not in chart.axis else chart.axis)
+        _name_x(axes, f"{chart.axis}, %" if "points" not in chart.axis else chart.axis)
     else:
-        axes.set_xlabel(chart.axis)
+        _name_x(axes, chart.axis)
     axes.set_yticks(list(places), [short(row.label) for row in chart.rows])
     axes.set_ylim(len(chart.rows) - 0.4, -0.6)
     axes.grid(axis="x", color=colors.grid, linewidth=0.6)
@@ -251,7 +292,7 @@ def _scatter(axes: Axes, chart: Scatter, colors: Palette) -> None:
             label=short(point.label),
             markerfacecolor=color if number in chart.best else "none",
         )
-    axes.set_xlabel(chart.x_axis)
+    _name_x(axes, chart.x_axis)
     axes.set_ylabel(chart.y_axis)
     axes.set_xlim(left=0.0)
     if chart.lower_is_better:
@@ -283,7 +324,7 @@ def _bars(axes: Axes, chart: Bars, colors: Palette) -> None:
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.set_yticks(places, [short(label) for label in chart.labels])
     axes.set_ylim(len(places) - 0.4, -0.6)
-    axes.set_xlabel(f"{chart.axis}, as {symbol}")
+    _name_x(axes, f"{chart.axis}, as {symbol}")
     axes.grid(axis="x", color=colors.grid, linewidth=0.6)
     axes.set_axisbelow(True)
     _legend(axes, colors, len(chart.parts), columns=3)
@@ -327,7 +368,7 @@ def _curves(axes: Axes, chart: Curves, colors: Palette) -> None:
         axes.axhline(chart.level, color=colors.muted, linewidth=1.0)
     if chart.log_x:
         axes.set_xscale("log")
-    axes.set_xlabel(f"{chart.x_axis}, as {symbol}" if is_hours else chart.x_axis)
+    _name_x(axes, f"{chart.x_axis}, as {symbol}" if is_hours else chart.x_axis)
     axes.set_ylabel(f"{chart.y_axis}, as {tall_symbol}" if tall_symbol else chart.y_axis)
     axes.grid(color=colors.grid, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -335,13 +376,20 @@ def _curves(axes: Axes, chart: Curves, colors: Palette) -> None:
         _legend(axes, colors, len(chart.series))
 
 
+def _name_x(axes: Axes, text: str) -> None:
+    """Name the axis so that a long name goes on to the left, where labels leave it room."""
+    axes.set_xlabel(text, x=1.0, ha="right")
+
+
 def _legend(axes: Axes, colors: Palette, entries: int, columns: int = 2) -> None:
     """Name the marks below the axes, where they cover nothing."""
     canvas: Any = axes.figure
     canvas.legend(
-        loc="outside lower center",
+        loc="lower center",
         ncols=min(entries, columns),
         frameon=False,
         labelcolor=colors.ink,
         fontsize=8.5,
+        borderaxespad=0.2,
+        labelspacing=0.3,
     )

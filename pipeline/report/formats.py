@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 
 from pipeline.ledger.attempted import attempted
 from pipeline.report.card import card_markdown, card_picture
-from pipeline.report.html import html_report
 from pipeline.report.junit import junit_report
-from pipeline.report.markdown import markdown_report, pictures
 from pipeline.report.material import Material
+from pipeline.report.run_report import html_report, markdown_report, pictures
 
 Content = str | bytes
 Writer = Callable[[Material], Content | None]

@@ -1,4 +1,4 @@
-"""Reports as Markdown: report.md, and what MLflow shows as a run's description."""
+"""Sections of a report as Markdown, and what stands before and after them."""
 
 from __future__ import annotations
 
@@ -6,48 +6,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pipeline.errors import one_line
 from pipeline.ledger.attempted import attempted
+from pipeline.ledger.shapes import Conclusion, Result
 from pipeline.report.blocks import Block, Bullets, Code, Figure, Prose, Section, Table, Terms
 from pipeline.report.drawing import as_png
-from pipeline.report.material import Material
-from pipeline.report.sections import answer_of, sections_of
+from pipeline.report.page import Head
 from pipeline.report.text import bullet, conclusion_markdown, markdown_text
-from pipeline.report.verdict import markdown_line
 from pipeline.report.view import device_words
 
 MOST_IN_MLFLOW = 8000
 """Characters of a description that MLflow shows."""
 _CUT = "\n*(cut here; the whole report is `report.html` among the run's artifacts)*\n"
-_WHOLE = (
+WHOLE = (
     "The whole report, with its charts and what the figures mean: `report.html` beside this file."
 )
 
 
-def markdown_report(material: Material) -> str:
-    """Return report.md: the first sections of the report, with their charts as pictures beside
-    it.
-    """
-    first = [section for section in sections_of(material) if section.is_first]
-    return _whole([opening(material), sections_text(first, pictures=material.charts), _WHOLE])
-
-
-def short_form(material: Material, limit: int = MOST_IN_MLFLOW) -> str:
-    """Return the same without pictures, cut at a line's end to at most `limit` characters."""
-    first = [section for section in sections_of(material) if section.is_first]
-    text = _whole([opening(material), sections_text(first)])
-    if len(text) <= limit:
-        return text
-    room = limit - len(_CUT)
-    end = text.rfind("\n", 0, max(room, 0))
-    return text[:limit] if end < 0 else text[: end + 1] + _CUT
-
-
-def pictures(material: Material, otherwise: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of every picture that report.md shows.
-
-    Args:
-        otherwise: Told in a line of each that could not be drawn.
-    """
-    for section in sections_of(material) if material.charts else ():
+def pictures_of(
+    sections: Iterable[Section], otherwise: Callable[[str], None]
+) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of the pictures of the sections that stand in a short form."""
+    for section in sections:
         for block in section.blocks:
             if section.is_first and isinstance(block, Figure):
                 name = f"{block.name}.png"
@@ -57,19 +35,47 @@ def pictures(material: Material, otherwise: Callable[[str], None]) -> Iterator[t
                     yield name, drawn
 
 
-def opening(material: Material) -> str:
-    """Return what stands before the sections: a gate's verdict, the question and the answer."""
-    result, verdict = material.result, material.result["verdict"] or material.verdict
-    line = [] if verdict is None else [markdown_line(verdict)]  # a gate's report begins with it
-    return _whole(
+def sections_markdown(head: Head, sections: Sequence[Section]) -> str:
+    """Return the Markdown form of a page: what it begins with, and the sections of its short
+    form.
+    """
+    first = [section for section in sections if section.is_first]
+    said = [bullet(each) for each in head.answers]
+    return whole(
         [
-            *line,
-            f"# {markdown_text(result['recipe'])}: {result['status']}",
+            f"# {markdown_text(head.title)}",
+            f"**{markdown_text(head.verdict)}**",
+            "\n".join(said),
+            sections_text(first, pictures=True),
+            WHOLE,
+        ]
+    )
+
+
+def opening(result: Result, title: str, said: Conclusion, line: str = "") -> str:
+    """Return what stands before the sections: the question and the answer.
+
+    Args:
+        line: In Markdown, which the report begins with.
+    """
+    return whole(
+        [
+            line,
+            f"# {markdown_text(title)}: {result['status']}",
             f"**Question.** {markdown_text(result['question'])}",
-            conclusion_markdown(answer_of(result)),
+            conclusion_markdown(said),
             f"Run `{_code(result['run_id'])}`, {markdown_text(device_words(result))}.",
         ]
     ).rstrip()
+
+
+def cut(text: str, limit: int) -> str:
+    """Return a report cut at a line's end to at most `limit` characters."""
+    if len(text) <= limit:
+        return text
+    room = limit - len(_CUT)
+    end = text.rfind("\n", 0, max(room, 0))
+    return text[:limit] if end < 0 else text[: end + 1] + _CUT
 
 
 def sections_text(sections: Sequence[Section], *, pictures: bool = False) -> str:
@@ -79,13 +85,14 @@ def sections_text(sections: Sequence[Section], *, pictures: bool = False) -> str
         pictures: Show charts, as files of their names; else they are left out.
     """
     return "\n\n".join(
-        "\n".join([f"## {section.title}", "", *_lines(section.blocks, pictures=pictures)])
+        "\n".join([f"## {section.title}", "", *block_lines(section.blocks, pictures=pictures)])
         for section in sections
         if any(pictures or not isinstance(block, Figure) for block in section.blocks)
     )
 
 
-def _lines(blocks: Iterable[Block], *, pictures: bool) -> list[str]:
+def block_lines(blocks: Iterable[Block], *, pictures: bool = False) -> list[str]:
+    """Return the lines of blocks."""
     lines: list[str] = []
     for block in blocks:
         match block:
@@ -122,7 +129,8 @@ def _table(table: Table) -> list[str]:
     return [rows[0], f"|{' --- |' * len(table.head)}", *rows[1:]]
 
 
-def _whole(parts: Sequence[str]) -> str:
+def whole(parts: Sequence[str]) -> str:
+    """Return the parts of a report that there are, one after the other."""
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

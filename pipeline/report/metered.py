@@ -12,10 +12,11 @@ from pipeline.ledger.numbers import count, duration, num_bytes, percent, signifi
 from pipeline.ledger.shapes import Conclusion, DeviceHours, HoursPart, Result, Row
 from pipeline.report import waste
 from pipeline.report.blocks import Block, Bullets, Code, Section, Table, Terms
-from pipeline.report.details import unit_of
+from pipeline.report.markdown import WHOLE, opening, sections_text, whole
 from pipeline.report.money import cost_of_run, joules, money
+from pipeline.report.page import Head, page
 from pipeline.report.text import pad, wrap
-from pipeline.report.view import Value, device_words, status_word
+from pipeline.report.view import Value, device_words, status_word, unit_of
 
 WIDTH = 80
 _SMALL_SHARE = 0.005
@@ -130,6 +131,28 @@ def sections(result: Result) -> list[Section]:
         ),
     ]
     return [replace(each, is_first=True) for each in found if each.blocks]
+
+
+def report_markdown(result: Result) -> str:
+    """Return report.md of a metered command."""
+    title, said = result["rows"][0]["arm"], result["conclusion"]
+    return whole([opening(result, title, said), sections_text(sections(result)), WHOLE])
+
+
+def report_page(result: Result) -> str:
+    """Return report.html of a metered command."""
+    row, said = result["rows"][0], result["conclusion"]
+    head = Head(
+        title=f"{one_line(row['arm'], 80)}: {result['status']}",
+        kind="metered command",
+        badge=result["status"],
+        mood="good" if result["status"] == "FINISHED" else "bad",
+        verdict=said["verdict"],
+        answers=said["answers"],
+        question=result["question"],
+        facts=[f"run {one_line(result['run_id'], 100)}", device_words(result)],
+    )
+    return page(head, sections(result))
 
 
 def _form(key: str, v: float, row: Row) -> str:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 
+MOST = 4000
+"""Characters of one text."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """What a page begins with.
@@ -101,9 +105,22 @@ def _template() -> Template:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_plain,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.from_string(_text("report.html.j2"))
+
+
+def _plain(value: object) -> object:
+    """Return what is written into the page without control and invisible characters."""
+    from markupsafe import Markup
+
+    return (
+        value if isinstance(value, Markup) or not isinstance(value, str) else one_line(value, MOST)
+    )
 
 
 def _text(name: str) -> str:

@@ -63,6 +63,11 @@ def sections_of(material: Material) -> list[Section]:
     ]
 
 
+def title_of(result: Result) -> str:
+    """Return what a report is of: a recipe, or a command that was metered."""
+    return result["rows"][0]["arm"] if is_metered(result) else result["recipe"]
+
+
 def answer_of(result: Result) -> Conclusion:
     """Return what a run answers, in the words of this release."""
     return result["conclusion"] if is_metered(result) else conclude(result)

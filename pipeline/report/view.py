@@ -267,3 +267,9 @@ def run_total(result: Result, notes: Footnotes) -> str:
         for name in ("work", "assess", "retry", "compare", "overhead")
     ]
     return f"{notes.show(hours['total'], form)}{NO_BREAK}{symbol} = {' + '.join(parts)}"
+
+
+def unit_of(key: str) -> str:
+    """Return the unit of a figure of the catalogue, in words where it has none."""
+    unit = BY_KEY[key].unit
+    return "no unit" if unit == "1" else unit

@@ -24,8 +24,8 @@ from pipeline.ledger.shapes import Figures, HoursPart, Result, RunTotals
 from pipeline.ledger.values import measured, null
 from pipeline.report.conclusion import conclude
 from pipeline.report.github import MOST_BYTES
-from pipeline.report.markdown import short_form
 from pipeline.report.material import material_of
+from pipeline.report.run_report import short_form
 from pipeline.report.tables import WIDTH, closing_table
 from pipeline.report.text import conclusion_lines
 from pipeline.report.verdict import shown_line

@@ -56,8 +56,8 @@ def settle(folder: Path) -> bool:
 
 
 def _settle(folder: Path) -> bool:
-    from pipeline.report.markdown import short_form
     from pipeline.report.material import material_of
+    from pipeline.report.run_report import short_form
     from pipeline.runs.files import write_files
 
     events = read_events(folder / "journal.jsonl", checked=True)

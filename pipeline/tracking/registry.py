@@ -25,7 +25,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -313,6 +313,39 @@ def find_verdict(uri: str, key: str) -> Verdict | None:
                 raise UserError("verdict", problem, "restore it; a verdict is never edited")
             found.append(from_schema_1(verdict))
     return max(found, key=lambda each: each["look"], default=None)
+
+
+def run_files(uri: str, name: str, wanted: Sequence[str], folder: Path) -> Path | None:
+    """Return a folder with files that MLflow keeps of a run; None where it knows no such run.
+
+    Args:
+        name: The run's id, of this project's or MLflow's.
+        wanted: The files; the first must be there.
+        folder: Where they go.
+
+    Raises:
+        UserError: If the store cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if is_empty(uri) or "'" in name:  # which MLflow's queries cannot quote
+        return None
+    with _asking(uri):
+        client = _open(uri)
+        found = next(_tagged(client, f"tags.`{RUN_TAG}` = '{name}'"), None)
+        if found is None:
+            try:
+                found = client.get_run(name)
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+        there = {each.path for each in client.list_artifacts(found.info.run_id)}
+        if wanted[0] not in there:
+            return None
+        for each in there.intersection(wanted):
+            client.download_artifacts(found.info.run_id, each, str(folder))
+        return folder
 
 
 def find_spread(uri: str, device: str, count: int) -> Any | None:

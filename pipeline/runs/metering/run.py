@@ -39,19 +39,17 @@ from pipeline.ledger.shapes import (
     RunTotals,
 )
 from pipeline.ledger.values import measured
-from pipeline.report.markdown import short_form
-from pipeline.report.material import material_of
-from pipeline.report.metered import conclude
-from pipeline.runs.files import write_files
+from pipeline.report.markdown import MOST_IN_MLFLOW, cut
+from pipeline.report.metered import conclude, report_markdown, report_page
 from pipeline.runs.metering.options import Settings
 from pipeline.runs.metering.row import Facts, make_row
-from pipeline.store.artifacts import plain, read_json, write_json
+from pipeline.store.artifacts import plain, read_json, write_json, write_text
 from pipeline.store.locks import check_locks, lock_at
 from pipeline.tracking.deliver import declared_uri
 
 RECIPE, TYPE = "meter", "metered"
 QUESTION = "what did this command take?"
-FILES = ("result.json", "catalogue.json", "config.json")
+FILES = ("report.md", "report.html", "result.json", "catalogue.json", "config.json")
 
 
 @dataclass(slots=True)
@@ -188,8 +186,8 @@ class MeteredRun:
         result = self._result(facts, row, totals, [*notes, *said])
         write_json(self.folder / "result.json", result)
         write_json(self.folder / "catalogue.json", metrics.export())
-        material = material_of(result, self.folder)
-        files = write_files(self.folder, material)
+        write_text(self.folder / "report.md", report_markdown(result))
+        write_text(self.folder / "report.html", report_page(result))
         state = {**(read_json(self.folder / "run.json") or {}), "status": facts.status, "pid": None}
         write_json(self.folder / "run.json", state)
         self.journal.write(
@@ -198,8 +196,8 @@ class MeteredRun:
             why=facts.why,
             primary_arm=facts.name,
             run=result["run"],
-            description=short_form(material),
-            files=[*files, *FILES],
+            description=cut(report_markdown(result), MOST_IN_MLFLOW),
+            files=FILES,
             **at,
         )
         self.journal.close()
