@@ -115,8 +115,9 @@ def joined(run: Run, clock: PhaseClock) -> Generator[Ranks]:
             refusal = error
         else:
             backend, counted = device_of(device).collectives, device_of(device).counted_as()
-            if device.type == "cpu" and run.hardware.num_threads is None:
-                # ranks of a host share its cores
+            if run.hardware.num_threads is not None:
+                torch.set_num_threads(run.hardware.num_threads)
+            elif device.type == "cpu":  # ranks of a host share its cores
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.on_host))
         ranks = join(
             place,
@@ -337,7 +338,7 @@ def follow(run: Run, ranks: Ranks, clock: PhaseClock) -> int:
             data = load_dataset(run.data, run.task)
             device = choose_device(run)
             # what the first one imports before its stages: it would wait for it in the first step
-            importlib.import_module("transformers")
+            importlib.import_module("transformers.modeling_utils")
             mode, precision = ranks.told()  # what the first one chose
             run = in_precision(in_mode(run, mode), precision)
             while True:
