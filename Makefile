@@ -10,7 +10,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 MARKS ?= not gpu and not distributed
 INSTALLED := $(VENV)/.installed
 
-.PHONY: fuzz demo test test-all faults distributed slurm engines mutants check docs format ui \
+.PHONY: fuzz demo test test-all faults distributed browser-test slurm engines mutants check docs format ui \
 	clean
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -38,6 +38,14 @@ faults: $(INSTALLED)  # kills, full disks, servers that answer wrongly; the slow
 
 distributed: $(INSTALLED)  # ranks on two hosts, kills, partitions; by root, in minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m distributed
+
+# Reports as people see them, in Chromium; root on Debian installs it where it is missing.
+browser-test: $(INSTALLED)
+	command -v chromedriver >/dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } || \
+		echo "no Chromium: its tests are skipped"
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[browser]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m browser
 
 slurm: $(INSTALLED)  # a preempted run on a real Slurm, which it installs; root, Debian
 	$(BIN)/python tests/slurm/prove.py

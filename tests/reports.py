@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from pipeline.report import markdown as module
@@ -16,6 +18,13 @@ def markdown(result: Any) -> str:
     """Return all sections of a report as Markdown, without its pictures."""
     material = Material(result)
     return f"{run_report.opening_of(material)}\n\n{module.sections_text(sections_of(material))}\n"
+
+
+def whole_report(folder: Path) -> str:
+    """Return all sections of the report of a run that lies in a folder."""
+    assert (folder / "report.md").is_file()
+    assert (folder / "report.html").is_file()
+    return markdown(json.loads((folder / "result.json").read_text()))
 
 
 def short_form(result: Any, limit: int = module.MOST_IN_MLFLOW) -> str:

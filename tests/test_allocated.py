@@ -12,6 +12,7 @@ import pytest
 from here import here, result_in
 from make_golden import COMMON
 from make_result import make_result, make_row, make_run, value
+from reports import whole_report
 
 from pipeline.config.settings.cost import CostConfig
 from pipeline.ledger import slurm
@@ -309,10 +310,7 @@ def test_what_was_held_is_completed_once_the_job_has_ended(tmp_path: Path, sacct
     result = json.loads((folder / "result.json").read_text())
     jsonschema.validate(result, RESULT_SCHEMA)
     assert result["run"]["allocated"]["gpu_hours"] == value(176 / 3600, "declared")
-    assert (
-        "Slurm held 2.93 min of GPU time for it (job 1, 2 starts)"
-        in (folder / "report.md").read_text()
-    )
+    assert "Slurm held 2.93 min of GPU time for it (job 1, 2 starts)" in whole_report(folder)
     events = read_events(folder / "journal.jsonl", checked=True)
     last, before = events[-1], events[-2]
     assert (last["e"], last["t"], last["mono_ns"]) == ("run_end", before["t"], before["mono_ns"])
@@ -360,7 +358,7 @@ def test_a_run_in_a_job_says_what_is_held_for_it(
     assert held["value"] == pytest.approx(4 * attached["value"])
     assert (
         "Slurm held 4.00 h of GPU time for it (job 7, 1 start, which had not ended yet)"
-        in (tmp_path / "mlruns/latest/report.md").read_text()
+        in whole_report(tmp_path / "mlruns/latest")
     )
 
 

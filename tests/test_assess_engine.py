@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from here import here, result_in
+from reports import whole_report
 from test_run import TINY
 
 import pipeline.quantization.backend
@@ -184,7 +185,7 @@ def test_a_run_shows_declared_figures_apart_and_says_how_it_served(
     )
     done = here(tmp_path, *settings, "serving.results={int8: bench.json}")
     assert done.returncode == 0, done.stderr
-    result, report = result_in(tmp_path), (tmp_path / "mlruns/latest/report.md").read_text()
+    result, report = result_in(tmp_path), whole_report(tmp_path / "mlruns/latest")
     rows = {row["arm"]: row["serving"] for row in result["rows"]}
     assert rows["int8"]["engine_output_tokens_per_s"] == {
         "value": 1280.0,

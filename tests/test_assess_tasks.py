@@ -18,6 +18,7 @@ import torch
 import yaml
 from here import here, result_in
 from make_assess_models import byte_tokenizer, tiny
+from reports import whole_report
 from test_run import TINY
 
 from pipeline.config.settings.quality import QualityConfig
@@ -501,7 +502,7 @@ def test_a_run_has_the_tasks_figures_with_intervals_and_documents(ran: Any) -> N
 
 def test_the_report_shows_tasks_and_names_them_whole(ran: Any) -> None:
     cwd, _, result = ran
-    report = (cwd / "mlruns/latest/report.md").read_text()
+    report = whole_report(cwd / "mlruns/latest")
     section = report.partition("## lm-eval tasks")[2].partition("\n## ")[0].replace("\\", "")
     value = result["rows"][0]["quality"]["task/capitals/acc"]["value"]
     assert f"| short | capitals | acc | {value:.4g} [" in section

@@ -16,6 +16,7 @@ import torch
 from few import few
 from here import here, result_in
 from make_assess_models import byte_tokenizer, saved, tiny
+from reports import whole_report
 from test_run import TINY
 
 from pipeline.data.documents import Document
@@ -277,7 +278,7 @@ def test_a_run_tells_it_charges_it_and_ends_with_3_where_it_disagrees(
     assert line in done.stdout
     assert line in " ".join(result["environment"]["notes"])
     assert manifest["agrees"] is True
-    assert line in (tmp_path / "mlruns/latest/report.md").read_text().replace("\\", "")
+    assert line in whole_report(tmp_path / "mlruns/latest").replace("\\", "")
     spent = result["run"]["device_hours"]
     assert (
         spent["work"]["value"] == 0 < spent["assess"]["value"]
@@ -297,7 +298,7 @@ def test_a_run_tells_it_charges_it_and_ends_with_3_where_it_disagrees(
             "vLLM disagrees: baseline: it reads another model from the same folder" in done.stderr
         )
         assert "vLLM: ran (0.99.1+cpu: DISAGREES: " in done.stdout
-        assert "DISAGREES" in (tmp_path / "mlruns/latest/report.md").read_text()
+        assert "DISAGREES" in whole_report(tmp_path / "mlruns/latest")
     assert checked_in(tmp_path)["agrees"] is False
     assert here(tmp_path, *command, "serving.check_vllm=never").returncode == 0
 

@@ -153,10 +153,10 @@ def modern(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 ABILITIES = {
-    "cpu": {"fp32", "bf16", "bf16_pure", "auto"},
-    "xpu": {"fp32", "bf16", "bf16_pure", "auto", "fp16"},
-    "mps": {"fp32", "bf16", "bf16_pure", "auto"},
-    "rocm": {"fp32", "bf16", "bf16_pure", "auto", "fp16"},
+    "cpu": {"fp32", "bf16", "bf16_pure", "auto", "native"},
+    "xpu": {"fp32", "bf16", "bf16_pure", "auto", "native", "fp16"},
+    "mps": {"fp32", "bf16", "bf16_pure", "auto", "native"},
+    "rocm": {"fp32", "bf16", "bf16_pure", "auto", "native", "fp16"},
 }
 
 
@@ -197,8 +197,8 @@ def test_the_table_of_the_documentation_is_that_of_the_classes(
         own = KINDS[kind](KINDS[kind].place(kind))
         able = {each.value for each in Precision if own.why_not_precision(each) is None}
         told = stated["precisions"][kind]
-        assert able - {"auto"} == (
-            {each.value for each in Precision} - {"auto"}
+        assert able - {"auto", "native"} == (
+            {each.value for each in Precision} - {"auto", "native"}
             if told.startswith("all")
             else set(told.split(", "))
         ), kind
@@ -209,9 +209,9 @@ def test_the_table_of_the_documentation_is_that_of_the_classes(
 @pytest.mark.parametrize(
     ("capability", "able"),
     [
-        ((7, 5), {"fp32", "auto", "fp16"}),
-        ((8, 0), {"fp32", "auto", "fp16", "tf32", "bf16", "bf16_pure"}),
-        ((8, 9), {"fp32", "auto", "fp16", "tf32", "bf16", "bf16_pure", "fp8_tensorwise"}),
+        ((7, 5), {"fp32", "auto", "native", "fp16"}),
+        ((8, 0), {"fp32", "auto", "native", "fp16", "tf32", "bf16", "bf16_pure"}),
+        ((8, 9), {"fp32", "auto", "native", "fp16", "tf32", "bf16", "bf16_pure", "fp8_tensorwise"}),
         ((9, 0), {each.value for each in Precision}),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from fake_nvml import NO_DRIVER, FakeNvml, Gpu
 from here import here, result_in
 from quiet import Quiet
+from reports import whole_report
 
 from pipeline.compare.savings import Reading, Spend, Tolerance, Trained, training_saving
 from pipeline.evaluation.serving.measure import machine_conditions
@@ -207,7 +208,7 @@ def test_a_busy_machine_is_seen_in_every_window_and_a_quiet_one_reads_serving_ag
     assert against["teacher"]["serving"]["why_missing"] == said
     assert against["teacher"]["payback"]["value"] is None
     assert busy["run"]["compare_conditions"]["foreign_load"]["value"] == pytest.approx(0.48)
-    report = (root / "mlruns/latest/report.md").read_text()
+    report = whole_report(root / "mlruns/latest")
     assert "## What else used the machine" in report
     assert "others used 48% of the cores while student trained" in report
     _in_mlflow(root, busy["run_id"])

@@ -14,6 +14,7 @@ import torch
 from capturing import Capturing
 from here import here, result_in
 from make_assess_models import byte_tokenizer, random_documents, saved, tiny
+from reports import whole_report
 from test_speculative import SMALL, noisy
 from tokenizers import AddedToken
 
@@ -345,7 +346,7 @@ TINY = [
 def test_a_run_shows_what_a_draft_saves(tmp_path: Path) -> None:
     done = here(tmp_path, *TINY, "serving.draft=student", "serving.draft_tokens=2")
     assert done.returncode == 0, done.stderr
-    result, report = result_in(tmp_path), (tmp_path / "mlruns/latest/report.md").read_text()
+    result, report = result_in(tmp_path), whole_report(tmp_path / "mlruns/latest")
     rows = {row["arm"]: row["serving"] for row in result["rows"]}
     assert rows["teacher"]["draft_equal_share"]["value"] == 1
     assert rows["teacher"]["drafted_device_s_per_1k_units"]["provenance"] == "derived"

@@ -14,6 +14,7 @@ import torch
 import transformers
 from here import here
 from make_assess_models import byte_tokenizer, saved
+from reports import whole_report
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pipeline.ledger import flops
@@ -401,7 +402,7 @@ def test_a_mixture_is_distilled_and_its_active_share_is_said(tmp_path: Path, nam
         "control_steps",
         "control_compute",
     }
-    report = (tmp_path / "mlruns/latest/report.md").read_text()
+    report = whole_report(tmp_path / "mlruns/latest")
     assert "mixture of experts: a token uses" in report
     flops_ = {arm: counts["model_flops"]["value"] for arm, counts in rows.items()}
     per_step = flops_["control_compute"] / rows["control_compute"]["steps"]["value"]

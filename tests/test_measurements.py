@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 import torch
 from here import here
-from reports import markdown
+from reports import markdown, whole_report
 
 import pipeline.evaluation.quality.assess
 import pipeline.evaluation.serving.measure
@@ -79,11 +79,7 @@ def run(folder: Path, *more: str) -> tuple[int, dict[str, Any], str]:
     result = json.loads((latest / "result.json").read_text()) if latest.exists() else {}
     if result:
         jsonschema.validate(result, RESULT_SCHEMA)
-    return (
-        done.returncode,
-        result,
-        (latest / "report.md").read_text() if latest.exists() else done.stderr,
-    )
+    return (done.returncode, result, whole_report(latest) if latest.exists() else done.stderr)
 
 
 # -- the one helper -------------------------------------------------------------------------------
@@ -328,7 +324,7 @@ def test_a_writer_that_cannot_be_started_is_said(
     monkeypatch.setattr("pipeline.runs.opening.start_writer", fail)
     done = here(tmp_path, "recipe=baseline", *PLAIN)
     assert done.returncode == 0, done.stderr
-    report = (tmp_path / "mlruns/latest/report.md").read_text().replace("\\", "")
+    report = whole_report(tmp_path / "mlruns/latest").replace("\\", "")
     assert f"what MLflow is given could not be measured ({error.__name__}: no process)" in report
 
 

@@ -33,13 +33,13 @@ import csv
 import io
 
 
-def csv_report(result, verdict):
+def csv_report(material):
     file = io.StringIO()
     writer = csv.writer(file)
     writer.writerow(("arm", "metric", "value"))
     writer.writerows(
         (row["arm"], key, quality["value"])
-        for row in result["rows"]
+        for row in material.result["rows"]
         for key, quality in row["quality"].items()
     )
     return file.getvalue()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
 import threading
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -86,9 +89,9 @@ def test_lines_are_printed_while_no_step_ends(capsys: pytest.CaptureFixture[str]
     progress = Progress("student", 2000, clock)
     line = progress.line
 
-    def asked() -> str:
+    def asked(*about: Any) -> str:
         printed.set()
-        return line()
+        return line(*about)
 
     progress.line = asked  # type: ignore[method-assign]
     clock.now += 42
@@ -112,3 +115,56 @@ def test_a_short_stage_prints_nothing(capsys: pytest.CaptureFixture[str]) -> Non
     with progress_bar("student", 2) as shown:
         shown(1, 10)
     assert capsys.readouterr().out == ""
+
+
+class Known:
+    """What else a run knows."""
+
+    def of_stage(self) -> list[str]:
+        return ["loss 2.31", "forward", "cpu 93% busy"]
+
+    def of_run(self, left_s: float | None) -> list[str]:
+        later = [] if left_s is None else [f"{left_s + 60:.0f} s left"]
+        return ["2.10 min spent", "forecast 3.0 min to 3.9 min", "21% of the budget", *later]
+
+
+def test_a_line_says_where_stage_and_run_stand() -> None:
+    clock = Clock()
+    progress = Progress("student", 200, clock)
+    assert progress.line(Known()) == (
+        "student: step 0/200, loss 2.31, forward, cpu 93% busy; run: 2.10 min spent,"
+        " forecast 3.0 min to 3.9 min, 21% of the budget"
+    )
+    steps(progress, clock, 1, 100, each_s=0.1)
+    assert progress.line(Known()) == (
+        "student: step 100/200, 1,000 tok/s, 10 s left, loss 2.31, forward, cpu 93% busy;"
+        " run: 2.10 min spent, forecast 3.0 min to 3.9 min, 21% of the budget, 70 s left"
+    )
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_a_terminal_shows_it_below_the_bar_and_no_wider(width: int) -> None:
+    file = io.StringIO()
+    console = Console(force_terminal=True, width=width, height=20, file=file)
+    clock = Clock()
+    progress = Progress("student", 200, clock)
+    with _bar(progress, "student", 200, console, Known()) as shown:
+        shown(1, 100)
+        shown(2, 200)
+    # a line is what is written between two moves of the cursor
+    lines = re.split(r"\n|\x1b\[[0-9]*[AK]|\r", file.getvalue())
+    plain = [re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", line) for line in lines]
+    assert any("loss 2.31, forward" in line for line in plain)
+    assert any("2.10 min spent" in line for line in plain)
+    assert max(map(len, plain)) == width
+
+
+def test_colours_are_left_out_where_they_are_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    file = io.StringIO()
+    console = Console(force_terminal=True, width=80, file=file)
+    with _bar(Progress("student", 2), "student", 2, console, Known()) as shown:
+        shown(1, 100)
+    coloured = r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7])(?:;[0-9;]*)?m"
+    assert "loss 2.31" in file.getvalue()
+    assert not re.search(coloured, file.getvalue())

@@ -17,6 +17,7 @@ import torch
 from few import few
 from here import here, result_in
 from make_assess_models import saved, tiny
+from reports import whole_report
 from test_assess_quality import causal_documents, trained
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -358,7 +359,7 @@ def test_a_better_format_wins(recovering: Recovering) -> None:
     assert shown == pytest.approx([lost["fp4"], tolerance], rel=0.01)
     said = [*first["environment"]["notes"], *notes]  # once, by the run that took it over
     assert f"quantized: is quantized/{winner}" in said
-    report = (recovering.folder / "mlruns/latest/report.md").read_text()
+    report = whole_report(recovering.folder / "mlruns/latest")
     assert f"| quantized/{winner} |" in report[report.index("What recovery brought") :]
 
 

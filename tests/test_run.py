@@ -14,6 +14,7 @@ import pytest
 from forked import run, start
 from here import here, result_in
 from make_assess_models import saved, tiny
+from reports import whole_report
 
 from pipeline.tasks.table import Task
 
@@ -144,7 +145,7 @@ def test_a_model_has_cost_what_there_was_until_its_first_artifact_at_the_declare
     assert told["device_hours"]["value"] == pytest.approx(until_then)
     assert (told["run"], told["amount"]["value"]) == (result["run_id"], None)
     assert "until its model converged: " in printed
-    assert "Until its model converged: " in (cwd / "mlruns/latest/report.md").read_text()
+    assert "Until its model converged: " in whole_report(cwd / "mlruns/latest")
     client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlruns/mlflow.db'}")
     experiment = client.get_experiment_by_name("distill")
     (run,) = client.search_runs(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from here import here, result_in
 from mlflow import MlflowClient
+from reports import whole_report
 from test_run import DISTILL, TINY
 
 import pipeline.quantization.backend
@@ -51,7 +52,7 @@ def test_a_format_that_saves_neither_time_nor_memory_ends_the_run_with_3(tmp_pat
         (pair,) = result["comparisons"]
         assert pair["speedup"]["no_speedup"] is True
         assert 0 < pair["speedup"]["memory"]["value"] < 0.05
-    report = (tmp_path / "mlruns/latest/report.md").read_text()
+    report = whole_report(tmp_path / "mlruns/latest")
     assert "no_speedup: saves neither time nor memory" in report
     assert "What quantizing changed" in report
     assert "int8: vLLM: not run here (vLLM is not installed)" in done.stdout

@@ -17,6 +17,7 @@ from format_matrix import ARCHITECTURES
 from here import here, result_in
 from make_assess_models import LABELS, byte_tokenizer, saved, tiny
 from make_result import make_pair, make_result, make_saving, value
+from reports import whole_report
 from test_run import TINY
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
@@ -279,7 +280,7 @@ def test_other_formats_are_read_against_the_best_16_bit_form_with_fp32_beside_it
         f"Against the best 16-bit form of the same model, int8 ({share:.1%} of its"
         " parameters in int8)" in (said)
     )
-    report = (cwd / "mlruns/latest/report.md").read_text()
+    report = whole_report(cwd / "mlruns/latest")
     assert f"{share:.1%} in int8" in report[report.index("What quantizing changed") :]
     assert "serving: arms that are stored in fp32 are served in fp32, as asked for" in report
 

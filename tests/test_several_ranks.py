@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from few import few
 from ranks_here import PROJECT, ended, free_port, rank_environment, start
 
@@ -218,26 +217,6 @@ def test_the_layers_of_a_model_are_found() -> None:
     for task in (Task.causal_lm, Task.sequence_classification):
         model = tiny(task)
         assert len(layers_in(model)) == model.config.num_hidden_layers
-
-
-@pytest.mark.parametrize(
-    ("name", "more", "layers"),
-    [
-        # a mixer inside each block is named, too
-        ("Mamba", {"state_size": 4}, ["MambaBlock"] * 2),
-        # embeddings are named, which the head is tied to
-        ("Bert", {"is_decoder": True, "num_attention_heads": 2}, ["BertLayer"] * 2),
-    ],
-)
-def test_what_is_inside_a_layer_or_tied_to_the_rest_is_no_layer(
-    name: str, more: dict[str, Any], layers: list[str]
-) -> None:
-    kind = {"Mamba": "MambaForCausalLM", "Bert": "BertLMHeadModel"}[name]
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=259, hidden_size=64, num_hidden_layers=2, **more
-    )
-    model = getattr(transformers, kind)(config)
-    assert [type(each).__name__ for each in layers_in(model)] == layers
 
 
 # -- which rank, and how many ----------------------------------------------------------------------
@@ -693,7 +672,7 @@ def test_ranks_with_other_settings_are_refused_in_one_line(tmp_path: Path) -> No
     found = ended(start(commands, tmp_path))
     assert [code for code, _, _ in found] == [1, 1]
     assert found[0][2] == (
-        "refused: RANK: rank 0 and rank 1 have different settings; give every rank the same"
+        "refused: RANK: rank 0 and rank 1 have different settings (seed); give every rank the same"
         " command\n"
     )
     assert found[1][1:] == ("", "")

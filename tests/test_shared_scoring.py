@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -289,57 +287,6 @@ def test_a_rank_that_fails_alone_ends_all_in_one_line(root: Path) -> None:
     [result] = [each for each in results if each["status"] != "FINISHED"]
     assert [row["status"] for row in result["rows"]] == ["FAILED"]
     assert result["rows"][0]["ledger"]["device_hours"]["retry"]["value"] > 0
-
-
-THREADS = """
-import sys
-import torch
-from pipeline.config.settings.run import Run
-from pipeline.ledger.phases import PhaseClock
-from pipeline.runs.following import joined
-
-run = Run()
-run.hardware.device, run.hardware.num_threads = "cpu", int(sys.argv[1])
-with joined(run, PhaseClock()) as ranks:
-    print(ranks.gathered(torch.get_num_threads()))
-"""
-
-
-def test_every_rank_computes_with_as_many_threads_as_were_asked_for(tmp_path: Path) -> None:
-    for code, output, errors in forked_ranks(tmp_path, "3", code=THREADS):
-        assert code == 0, output + errors
-        assert output.strip() == "[3, 3]"
-
-
-FOLLOWS = """
-import sys
-from types import SimpleNamespace
-from pipeline.config.settings.precision import Precision
-from pipeline.config.settings.run import Run
-from pipeline.ledger.phases import PhaseClock
-from pipeline.runs.following import follow
-
-run, reads_models = Run(), "transformers.modeling_utils"
-run.hardware.device = "cpu"
-found = []
-
-
-def told(things=iter([(run.parallel.mode, Precision.fp32), None])):
-    found.append(reads_models in sys.modules)
-    return next(things)
-
-
-follow(run, SimpleNamespace(told=told), PhaseClock())
-print(found)
-"""
-
-
-@pytest.mark.slow
-def test_a_rank_has_imported_what_reads_models_before_it_is_told_to(tmp_path: Path) -> None:
-    """In a process from scratch; else the first assessment that ranks share would wait for it."""
-    command = [sys.executable, "-c", FOLLOWS]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "[True, True]", done.stderr
 
 
 def said(errors: str) -> list[str]:

@@ -20,9 +20,9 @@ TEXT = """\
 #   {command}
 # Queue it in the project's folder, which all nodes must see:
 #   sbatch {file}
-# Settings behind its name take the place of those below. Slurm sends USR1 {notice} s before a time
-# limit, and TERM where it takes nodes back: the run stops with a checkpoint and 75, is queued
-# again, and goes on.
+# Settings behind its name take the place of all that stand below, recipe and parallel.mode too.
+# Slurm sends USR1 {notice} s before a time limit, and TERM where it takes nodes back: the run stops
+# with a checkpoint and 75, is queued again, and goes on.
 #SBATCH --job-name={name} --requeue --open-mode=append --output=%x-%j.out
 #SBATCH --nodes={hosts} --ntasks-per-node={devices}{gpus} --signal=USR1@{notice}
 {lines}

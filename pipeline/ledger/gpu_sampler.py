@@ -97,6 +97,13 @@ class Sampler:
             if len(own) > MOST:
                 self._intervals[reading.uuid] = thinned(own)
 
+    def busy(self) -> float | None:
+        """Return the share of their last sampling period in which devices computed, the mean of
+        all; None where it is not read.
+        """
+        shares = [each.busy for each in [*self._last.values()] if each.busy is not None]
+        return sum(shares) / len(shares) if shares else None
+
     def usage(self, *windows: tuple[int, int]) -> Usage:
         """Return the figures of windows, together, whose edges (start and end) were marked."""
         why = self.reader.why or self.why_not

@@ -33,6 +33,11 @@ class PhaseClock:
         self._since = now_ns()
         self._self_ns: dict[str, int] = {}
 
+    @property
+    def current(self) -> str:
+        """The phase that is open."""
+        return self._stack[-1]
+
     def _book(self) -> None:
         # One reading ends the old interval and begins the new one: no gap between them.
         now = self.now_ns()

@@ -1,4 +1,5 @@
-"""Progress of long work: a bar on a terminal, a plain line every ten seconds elsewhere.
+"""Progress of long work: a bar on a terminal with where the run stands below it, a plain line every
+ten seconds elsewhere.
 
 The rate is that of the last seconds. An average since the start would fall for minutes after a fast
 phase has ended, and would show a rate where nothing moves at all.
@@ -9,12 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 EVERY_S = 10.0
 """Seconds between plain lines."""
@@ -26,6 +27,40 @@ SLOW_STEPS = 3
 Clock = Callable[[], float]
 Shown = Callable[[int, int], None]
 """Takes (steps done, tokens done)."""
+
+
+class About(Protocol):
+    """What else is known while work goes on; each is asked anew whenever something is shown.
+
+    It is asked by another thread, and fails in no way.
+    """
+
+    def of_stage(self) -> Sequence[str]:
+        """Return what stands beside the steps: phase, loss, use of the device."""
+        ...
+
+    def of_run(self, left_s: float | None) -> Sequence[str]:
+        """Return where the run stands.
+
+        Args:
+            left_s: Seconds that the steps still take; None: not known yet.
+        """
+        ...
+
+
+class Nothing:
+    """Nothing else is known."""
+
+    def of_stage(self) -> Sequence[str]:
+        """Return nothing."""
+        return ()
+
+    def of_run(self, left_s: float | None) -> Sequence[str]:
+        """Return nothing."""
+        return ()
+
+
+NOTHING: About = Nothing()
 
 
 class Progress:
@@ -53,20 +88,33 @@ class Progress:
 
     def rate(self) -> str:
         """Return the tokens per second of the last seconds, or how long ago the last step was."""
-        idle_s = self._clock() - (self._ends[-1][0] if self._ends else self._started)
-        steps_per_s = self.steps_per_s()
-        step_s = 1 / steps_per_s if steps_per_s else 0.0
-        if idle_s > max(RECENT_S, SLOW_STEPS * step_s):
+        if (idle_s := self._stalled_s()) is not None:
             return f"no step for {idle_s:,.0f} s"
         tokens_per_s = self._per_s(2)
         return "" if tokens_per_s is None else f"{tokens_per_s:,.0f} tok/s"
 
-    def line(self) -> str:
-        """Return all of it, for a log."""
+    def left_s(self) -> float | None:
+        """Return the seconds that the other steps take at the rate of the last ones; None before
+        there is a rate, and while no step ends.
+        """
         step, per_s = (self._ends[-1][1] if self._ends else 0), self.steps_per_s()
-        left = f"{(self._total - step) / per_s:.0f} s left" if per_s else ""
-        parts = (f"{self._what}: step {step}/{self._total}", self.rate(), left)
-        return ", ".join(part for part in parts if part)
+        return (self._total - step) / per_s if per_s and self._stalled_s() is None else None
+
+    def _stalled_s(self) -> float | None:
+        """Return how long ago the last step was, where that is long; else None."""
+        idle_s = self._clock() - (self._ends[-1][0] if self._ends else self._started)
+        steps_per_s = self.steps_per_s()
+        step_s = 1 / steps_per_s if steps_per_s else 0.0
+        return idle_s if idle_s > max(RECENT_S, SLOW_STEPS * step_s) else None
+
+    def line(self, about: About = NOTHING) -> str:
+        """Return all of it, for a log."""
+        step, left_s = (self._ends[-1][1] if self._ends else 0), self.left_s()
+        left = "" if left_s is None else f"{left_s:.0f} s left"
+        parts = (f"{self._what}: step {step}/{self._total}", self.rate(), left, *about.of_stage())
+        said = ", ".join(part for part in parts if part)
+        run = ", ".join(about.of_run(left_s))
+        return f"{said}; run: {run}" if run else said
 
     def _per_s(self, what: int) -> float | None:
         if len(self._ends) < 2:
@@ -76,7 +124,7 @@ class Progress:
 
 
 @contextmanager
-def progress_bar(what: str, total: int) -> Generator[Shown]:
+def progress_bar(what: str, total: int, about: About = NOTHING) -> Generator[Shown]:
     """Give a function that takes (steps done, tokens done) and shows them with the rate and the
     time left.
     """
@@ -84,13 +132,19 @@ def progress_bar(what: str, total: int) -> Generator[Shown]:
 
     console = Console()
     progress = Progress(what, total)
-    shows = _bar(progress, what, total, console) if console.is_terminal else _lines(progress)
+    shows = (
+        _bar(progress, what, total, console, about)
+        if console.is_terminal
+        else _lines(progress, about=about)
+    )
     with shows as shown:
         yield shown
 
 
 @contextmanager
-def _bar(progress: Progress, what: str, total: int, console: Console) -> Generator[Shown]:
+def _bar(
+    progress: Progress, what: str, total: int, console: Console, about: About = NOTHING
+) -> Generator[Shown]:
     from rich import progress as rich
     from rich.text import Text
 
@@ -98,11 +152,22 @@ def _bar(progress: Progress, what: str, total: int, console: Console) -> Generat
         """Asked for at every refresh, so that a stall shows."""
 
         def render(self, task: rich.Task) -> Text:
-            return Text(progress.rate())
+            return Text(progress.rate(), no_wrap=True, overflow="ellipsis")
 
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), Rate())
-    with rich.Progress(
-        *columns, rich.TimeRemainingColumn(), console=console, transient=True
+    class View(rich.Progress):
+        """The bar, and below it what else is known, each line as wide as the terminal at most."""
+
+        def get_renderables(self) -> Generator[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            for parts in (about.of_stage(), about.of_run(progress.left_s())):
+                if parts:
+                    line = Text(f"  {', '.join(parts)}", style="dim", no_wrap=True)
+                    line.truncate(console.width, overflow="ellipsis")
+                    yield line
+
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(bar_width=None), Rate())
+    with View(
+        *columns, rich.TimeRemainingColumn(), console=console, transient=True, expand=True
     ) as bar:
         task = bar.add_task(what, total=total)
 
@@ -114,13 +179,15 @@ def _bar(progress: Progress, what: str, total: int, console: Console) -> Generat
 
 
 @contextmanager
-def _lines(progress: Progress, every_s: float = EVERY_S) -> Generator[Shown]:
+def _lines(
+    progress: Progress, every_s: float = EVERY_S, about: About = NOTHING
+) -> Generator[Shown]:
     """Print a line now and then, whether steps end or not."""
     ended = threading.Event()
 
     def show() -> None:
         while not ended.wait(every_s):
-            print(progress.line(), flush=True)
+            print(progress.line(about), flush=True)
 
     shower = threading.Thread(target=show, name="progress", daemon=True)
     shower.start()

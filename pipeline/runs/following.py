@@ -45,7 +45,7 @@ from pipeline.runs.signals import noted, on_stop_signal
 from pipeline.runs.versions import versions
 from pipeline.stages.base import Stage
 from pipeline.stages.context import Context, Output
-from pipeline.store.artifacts import Artifact, key_of, plain
+from pipeline.store.artifacts import Artifact, flat, key_of, plain
 from pipeline.store.locks import REMEDY, is_held
 from pipeline.training.meeting import ranks_named
 from pipeline.training.ranks import ALONE, RankLost, Ranks, as_told, join, place_in
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from pipeline.data.documents import Dataset
 
 Thing = TypeVar("Thing")
+MOST_NAMED = 3
+"""Settings that a refusal names."""
 SAME = {"settings": "command", "code": "checkout", "libraries": "environment"}
 """What ranks have to have alike, and where it comes from."""
 SEEN_WITHIN_S = 20.0  # a file of another host; NFS keeps the names in a folder for so long
@@ -115,9 +117,8 @@ def joined(run: Run, clock: PhaseClock) -> Generator[Ranks]:
             refusal = error
         else:
             backend, counted = device_of(device).collectives, device_of(device).counted_as()
-            if run.hardware.num_threads is not None:
-                torch.set_num_threads(run.hardware.num_threads)
-            elif device.type == "cpu":  # ranks of a host share its cores
+            if device.type == "cpu" and run.hardware.num_threads is None:
+                # ranks of a host share its cores
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.on_host))
         ranks = join(
             place,
@@ -153,8 +154,22 @@ def _check_same(run: Run, ranks: Ranks) -> None:
     for what, remedy in SAME.items():
         others = [rank for rank, each in enumerate(everywhere) if each[what] != everywhere[0][what]]
         if others:
-            problem = f"rank 0 and {ranks_named(others)} have different {what}"
+            which = _differing(run, ranks) if what == "settings" else ""
+            problem = f"rank 0 and {ranks_named(others)} have different {what}{which}"
             raise UserError("RANK", problem, f"give every rank the same {remedy}")
+
+
+def _differing(run: Run, ranks: Ranks) -> str:
+    """Return the names of settings that ranks do not have in common, in brackets."""
+    everywhere = ranks.gathered(flat(plain(run)))
+    names = sorted({name for each in everywhere for name in each})
+    said = [
+        name
+        for name in names
+        if any(each.get(name) != everywhere[0].get(name) for each in everywhere)
+    ]
+    more = f" and {len(said) - MOST_NAMED} more" if len(said) > MOST_NAMED else ""
+    return f" ({', '.join(said[:MOST_NAMED])}{more})"
 
 
 def _check_shared(run: Run, ranks: Ranks) -> None:
@@ -338,7 +353,7 @@ def follow(run: Run, ranks: Ranks, clock: PhaseClock) -> int:
             data = load_dataset(run.data, run.task)
             device = choose_device(run)
             # what the first one imports before its stages: it would wait for it in the first step
-            importlib.import_module("transformers.modeling_utils")
+            importlib.import_module("transformers")
             mode, precision = ranks.told()  # what the first one chose
             run = in_precision(in_mode(run, mode), precision)
             while True:

@@ -68,7 +68,7 @@ from pipeline.runs.session import Session
 from pipeline.runs.timeline import Timeline
 from pipeline.stages.base import BeforeRun, stages_of
 from pipeline.stages.settings import is_deterministic
-from pipeline.store.artifacts import Store, plain, reserve_room, write_json
+from pipeline.store.artifacts import Store, flat, plain, reserve_room, write_json
 from pipeline.store.locks import check_locks, lock_at
 from pipeline.tracking.deliver import declared_uri
 from pipeline.tracking.writer import start_writer
@@ -600,14 +600,3 @@ def quiet_libraries() -> None:
     warnings.filterwarnings(
         "ignore", module=r"(torch|transformers|bitsandbytes|torchao|peft)(\.|$)"
     )
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as `a.b.c: value`."""
-    result: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{name}.")
-        else:
-            result[f"{prefix}{name}"] = value
-    return result

@@ -107,12 +107,13 @@ def in_native_precision(run: Run, device: Any) -> tuple[Run, list[str]]:
 
     if run.precision.name is not Precision.native:
         return run, []
-    why = why_not(Format.bf16, device) or slower_than_fp32(Format.bf16, device)
-    chosen = Precision.bf16 if why is None else Precision.fp32
+    is_slow = why_not(Format.bf16, device) or slower_than_fp32(Format.bf16, device)
+    chosen = Precision.fp32 if is_slow else Precision.bf16
     inherited = any(
         not each.is_own for stage in stages_of(run).values() for each in stage.precisions("", run)
     )
-    said = [f"precision=native is fp32 here: {why}"] if why is not None and inherited else []
+    why = f"precision=native is fp32: this {device.type} has no units for bf16"
+    said = [why] if is_slow and inherited else []
     return in_precision(run, chosen), said
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.runs.assessor import Assessor
 from pipeline.runs.book import Arm
 from pipeline.runs.following import share_of, straggler, told_times
 from pipeline.runs.keys import stage_key
+from pipeline.runs.live import Live
 from pipeline.runs.out_of_memory import failing_as
 from pipeline.runs.resume import from_checkpoint
 from pipeline.runs.rows import broken_row, made_row, reused_work, skipped_row
@@ -349,6 +351,12 @@ class StageRunner:
             journal("resume", step, history=history)
             from_checkpoint(self.running, name, self.seed, step, history)
 
+        live = Live(self.running, name, self.seed)
+
+        def points(step: int, values: Mapping[str, float | None]) -> None:
+            live.read(values)
+            journal("points", step, values=values)
+
         return Context(
             run=session.run,
             stage=name,
@@ -360,12 +368,12 @@ class StageRunner:
             checkpoints=checkpoints,
             like=self.like(stage),
             matched_flops=self.matched_flops(stage),
-            points=lambda step, values: journal("points", step, values=values),
+            points=points,
             history=lambda step: timeline.history(name, self.seed, step, phases_ns()),
             checkpointed=checkpointed,
             resumed=resumed,
             should_stop=timeline.should_stop,
-            progress=progress_bar,
+            progress=partial(progress_bar, about=live),
             say=self.running.book.notes.append,
             ranks=session.ranks if stage.is_split(session.run) else ALONE,
             traces=session.folder / "traces" / f"{file_name(name)}-seed{self.seed}",

@@ -57,7 +57,7 @@ from pipeline.ledger.shapes import (
 from pipeline.ledger.shapes import Dataset as Split
 from pipeline.ledger.values import Value, measured, null
 from pipeline.runs.signals import on_stop_signal
-from pipeline.store.artifacts import Store, facts_of, key_of, plain, write_json, write_text
+from pipeline.store.artifacts import Store, facts_of, flat, key_of, plain, write_json, write_text
 from pipeline.store.locks import lock_at
 from pipeline.tracking.deliver import declared_uri
 
@@ -189,7 +189,7 @@ def _open(run: Run, options: Options, started_ns: int) -> SelfTest:
     from pipeline.config.redaction import redact_settings
     from pipeline.data.load import load_dataset
     from pipeline.gate.references import Places, resolve
-    from pipeline.runs.opening import flat, quiet_libraries
+    from pipeline.runs.opening import quiet_libraries
     from pipeline.runs.preflight import check_decode, check_releases, check_tasks, choose_device
 
     clock, root = PhaseClock(), Path(run.tracking.root).expanduser().resolve()

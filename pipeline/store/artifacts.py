@@ -122,6 +122,17 @@ def _plain(value: Any) -> Any:
 plain = _plain
 
 
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as `a.b.c: value`."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{name}.")
+        else:
+            result[f"{prefix}{name}"] = value
+    return result
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, secrets left out, so that a reader sees the old file or the new one, whole."""
     text = json.dumps(redact_json(content), indent=1, ensure_ascii=False, allow_nan=False)

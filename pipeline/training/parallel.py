@@ -17,7 +17,6 @@ Shape legend: B rows, R ranks.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -307,25 +306,14 @@ def _from_first(tensor: Tensor, device: torch.device) -> Tensor:
 
 def layers_in(model: nn.Module) -> list[nn.Module]:
     """Return the layers of a transformers model: those of its modules that it says are not to be
-    split. One inside another is no layer of its own, and one whose weights are tied to others
-    (embeddings, to the head) is none at all: both are shared with what holds them.
+    split.
     """
     named = {
         name
         for module in model.modules()
         for name in getattr(module, "_no_split_modules", None) or ()
     }
-    places = Counter(id(each) for _, _, each in _parameters_of(model))
-    found: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        if type(module).__name__ not in named or module in inside:
-            continue
-        inside.update(module.modules())
-        own = Counter(id(each) for _, _, each in _parameters_of(module))
-        if all(number == places[each] for each, number in own.items()):
-            found.append(module)
-    return found
+    return [module for module in model.modules() if type(module).__name__ in named]
 
 
 def _parameters_of(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError, one_line
@@ -175,6 +175,7 @@ def _read(reference: str, folder: Path) -> Side:
     from pipeline.ledger.values import from_schema_1
     from pipeline.report.comparing import Side
     from pipeline.report.material import material_of
+    from pipeline.store.artifacts import flat
 
     record, why = parsed(folder / "result.json")
     newer = isinstance(record, dict) and isinstance(record.get("schema"), int)
@@ -185,18 +186,8 @@ def _read(reference: str, folder: Path) -> Side:
         problem = f"{reference[:80]} has no result that can be read: {one_line(why, 200)}"
         raise UserError("RUN", problem, "give another run, or make it again")
     config, _ = parsed(folder / "config.json")
-    settings = _flat(config) if isinstance(config, dict) else {}
+    settings = flat(config) if isinstance(config, dict) else {}
     return Side(material_of(from_schema_1(record), folder), settings)
-
-
-def _flat(settings: Any, before: str = "") -> dict[str, Any]:
-    if not isinstance(settings, dict) or not settings:
-        return {before: settings}
-    return {
-        name: value
-        for key, each in settings.items()
-        for name, value in _flat(each, f"{before}.{key}" if before else str(key)).items()
-    }
 
 
 def _show(settings: Settings, sides: Sequence[Side], command: str) -> None:

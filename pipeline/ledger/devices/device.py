@@ -60,7 +60,7 @@ class Allocator:
 
 NAMES = {Precision.fp16: "fp16 with loss scaling"}
 """What a precision is called where its name alone would not tell what is missing."""
-EVERYWHERE = (Precision.auto, Precision.fp32, Precision.bf16, Precision.bf16_pure)
+EVERYWHERE = (Precision.native, Precision.auto, Precision.fp32, Precision.bf16, Precision.bf16_pure)
 """What any device of torch trains in, slowly or not."""
 
 
