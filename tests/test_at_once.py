@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from test_running import CLOCK, DEVICE, MINUTE_NS, FakeStage, Killed, minutes, open_fake, root
 
 import pipeline.runs.lane
@@ -26,7 +28,7 @@ from pipeline.ledger.phases import PhaseClock
 from pipeline.ledger.values import Value, measured
 from pipeline.runs import stages
 from pipeline.runs.assemble import disagreements
-from pipeline.runs.lane import Beside, work_beside
+from pipeline.runs.lane import Beside, Reports, over, work_beside
 from pipeline.runs.opening import why_unusable
 from pipeline.runs.running import Running
 from pipeline.runs.stages import run_stages
@@ -323,3 +325,23 @@ def test_a_signal_to_another_rank_stops_all_and_loses_nothing(root: Path) -> Non
     assert of_rows(running, "work") == {("student", 1): 6, ("control", 1): 10}
     assert {row["status"] for row in running.book.rows} == {"KILLED"}
     assert disagreements(running) == []
+
+
+def test_a_rank_without_a_stage_tells_of_its_signals_until_all_have_ended() -> None:
+    meeting = Meeting(dist.HashStore(), patience_s=5.0)
+    signals: list[int] = []
+    ranks = Ranks(Place(2, 3), meeting=meeting)
+    task = Beside((), "beside/0")
+    work_beside(task, ranks, signals, progress=lambda *_: None)
+    reports = Reports(meeting, "beside/0")
+    assert reports.of(2) == []
+    signals.append(signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while not (found := reports.of(2)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert found == [("signal", (signal.SIGTERM,))]
+    work_beside(task, ranks, [], progress=lambda *_: None)
+    meeting.put(over("beside/0"), "1")
+    for thread in [each for each in threading.enumerate() if each.name == "signals"]:
+        thread.join(30)
+        assert not thread.is_alive()

@@ -44,6 +44,8 @@ class Remedy:
     elsewhere: str
 
 
+SHARED = "ranks wait for one another: take fewer, or larger batches"
+"""The first thing to try where a stage's own ranks wait."""
 REMEDIES: dict[str, Remedy] = {
     "import": Remedy(
         0.05,
@@ -172,6 +174,8 @@ def _cause(row: Row, name: str, kind: str, share: float, hours: float | None) ->
     amount = row["ledger"]["cost"]["amount"]["value"]
     remedy = REMEDIES[name]
     text = remedy.elsewhere if row["type"] == METERED else remedy.here
+    if name == "comm_exposed" and any(row["ledger"].get(key) for key in ("ranks", "assess_ranks")):
+        text = SHARED
     money = None if amount is None or hours is None else amount * share
     remedy_text = text if share > 0 and _reached(name, share, hours) else None
     of = (

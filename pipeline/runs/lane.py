@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -284,6 +284,11 @@ def _stop(name: str) -> str:
     return f"{name}/stop"
 
 
+def over(name: str) -> str:
+    """Return under which name rank 0 says that all stages have ended."""
+    return f"{name}/over"
+
+
 def alive(name: str, rank: int) -> str:
     """Return under which name a rank gives signs of life while it makes a stage."""
     return f"{name}/{rank}/alive"
@@ -315,6 +320,23 @@ def _stopping(meeting: Meeting, name: str, signals: list[int], report: Reporter)
         thread.join()
 
 
+def _tell_of_signals(name: str, meeting: Meeting, rank: int, signals: list[int]) -> None:
+    """Have a rank that makes no stage tell the first one of a signal, from beside what it waits
+    for, until all stages have ended.
+    """
+
+    def look() -> None:
+        report = Reporter(meeting, name, rank)
+        with suppress(RuntimeError):  # the first one is gone: who waits for it finds out
+            while meeting.get(over(name)) is None:
+                if signals:
+                    report("signal", signals[-1])
+                    return
+                time.sleep(REPORT_S)
+
+    threading.Thread(target=look, daemon=True, name="signals").start()
+
+
 def work_beside(
     task: Beside, ranks: Ranks, signals: list[int], progress: Callable[..., Any], **about: Any
 ) -> None:
@@ -325,7 +347,10 @@ def work_beside(
         about: `run`, `device`, `data` and `clock`, as `work` takes them.
     """
     rank, meeting = ranks.rank, ranks.meeting
-    if rank >= len(task.lanes) or meeting is None:
+    if meeting is None:
+        return
+    if rank >= len(task.lanes):
+        _tell_of_signals(task.name, meeting, rank, signals)
         return
     meeting.live(alive(task.name, rank))
     report = Reporter(meeting, task.name, rank)

@@ -29,6 +29,7 @@ from pipeline.runs.lane import (
     Reports,
     Worked,
     alive,
+    over,
     planned,
     share_of,
     work,
@@ -230,12 +231,15 @@ class _AtOnce:
                 should_stop=self._should_stop,
                 progress=progress_bar,
             )
-            self._await_all()
+            # Ctrl-C while this rank worked stops the others too
+            self._await_all(stopped=isinstance(self.worked[0].error, KeyboardInterrupt))
         # Ctrl-C and signals too: what was spent is charged.
         except BaseException as error:  # noqa: BLE001
             broken = error
             with suppress(Exception):
                 self._await_all(stopped=True)
+        finally:
+            self.meeting.put(over(self.name), "1")
         made = self._book(start_ns, before, broken)
         errors = [each.error for each in self.worked.values() if each.error is not None]
         if broken is not None or errors:
@@ -282,10 +286,10 @@ class _AtOnce:
             RankLost: If one does not answer any more.
         """
         self._looked = time.monotonic()
-        for rank in range(1, len(self.lanes)):
+        for rank in range(1, self.running.session.ranks.size):
             for what, about in self._reports.of(rank):
                 self._take(rank, what, *about)
-            if rank not in self.worked:
+            if rank < len(self.lanes) and rank not in self.worked:
                 self._check_alive(rank)
         stop = self.running.timeline.should_stop()
         if stop is not None:
@@ -315,7 +319,10 @@ class _AtOnce:
                 time.sleep(REPORT_S / 10)
 
     def _take(self, rank: int, what: str, *about: Any) -> None:
-        """Book what a rank reports."""
+        """Book what a rank reports; one without a stage, of signals alone."""
+        if what == "signal":
+            [self.running.timeline.stop_signal] = about
+            return
         lane, session, timeline = self.lanes[rank], self.running.session, self.running.timeline
         of_arm = {"arm": lane.name, "seed": lane.seed, "attempt": lane.attempt}
         trace = timeline.trace(lane.name, lane.seed, lane.attempt)
@@ -323,8 +330,6 @@ class _AtOnce:
             [self.worked[rank]] = about
         elif what == "say":
             self.running.book.notes += about
-        elif what == "signal":
-            [timeline.stop_signal] = about
         elif what == "points":
             step, values = about
             trace.reached = max(trace.reached, step)
