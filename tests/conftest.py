@@ -31,6 +31,12 @@ settings.register_profile(
     "any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("any_machine")
+QUIETLY = (
+    "tracking.mlflow=false",
+    "tracking.charts=false",
+    *("cost.kind=rented", "cost.per_device_hour=2", "cost.currency=EUR"),
+    *("cost.source=list", "cost.date=2026-11-23"),
+)
 LONGEST = (
     "test_docs",
     "test_verdict",
@@ -110,6 +116,20 @@ def root(tmp_path: Path, empty_store: Path) -> Path:
     """A folder `mlruns` whose store is there already."""
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def receipted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small distillation with its receipt, in a root of its own; to be copied."""
+    from here import here
+    from test_run import DISTILL
+
+    cwd = tmp_path_factory.mktemp("receipted")
+    alone = ["~stages.control_steps", "~stages.control_compute"]
+    pair = "{arm: student, base: teacher, on: [quality, training, serving, payback]}"
+    done = here(cwd, *DISTILL, *alone, f"compare=[{pair}]", *QUIETLY)
+    assert done.returncode == 0, done.stderr
+    return (cwd / "mlruns/latest").resolve()
 
 
 @pytest.fixture(scope="session")

@@ -175,7 +175,14 @@ def refusal(command: Command, cwd: Path) -> str:
         return selftest_refusal(words[1:], cwd)
     done = forked.run(cwd, *unmarked(words))
     expected = VERDICTS.get(words[0], (0,))
-    nothing_yet = words[0] == "history" and "no verdict names" in done.stderr
+    nothing_yet = any(
+        words[0] == name and said in done.stderr
+        for name, said in (
+            ("history", "no verdict names"),
+            ("verify", "there is no such file"),
+            ("verify", "--store: there is no folder"),
+        )
+    )
     return "" if done.returncode in expected or nothing_yet else done.stderr
 
 

@@ -43,7 +43,7 @@ from pipeline.runs import rows
 from pipeline.runs.assemble import disagreements
 from pipeline.runs.keys import stage_key
 from pipeline.runs.opening import _find_or_make, _taking_over
-from pipeline.runs.resume import read_past
+from pipeline.runs.resume import booked_again, read_past
 from pipeline.runs.runner import StageRunner
 from pipeline.runs.running import Running
 from pipeline.runs.session import Session
@@ -345,6 +345,10 @@ def test_the_worked_example(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert of_run(attempt) == {"work": 71, "assess": 8, "retry": 2, "compare": 6, "overhead": 3}
     assert attempt.timeline.booking()[0].attached_ns == 1.5 * NS_PER_HOUR
     assert attempt.timeline.spent_hours() == 1.5
+    # the journal alone says the same, what the killed attempt lost among it
+    again = booked_again(read_events(root / "runs/run-1/journal.jsonl"), "run-1")
+    assert list(again.windows) == attempt.timeline.windows
+    assert again.spans[1] == attempt.timeline.spans[1]
     against_control, against_teacher = attempt.book.comparisons
     training = against_control["training"]
     assert minutes(training["c_arm"]["value"]) == pytest.approx(50)

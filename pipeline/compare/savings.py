@@ -24,7 +24,17 @@ import numpy.typing as npt
 from scipy import special
 
 from pipeline.compare import statistics
-from pipeline.ledger.shapes import Figure, Figures, Payback, ServingSaving, Speedup, TrainingSaving
+from pipeline.ledger.shapes import (
+    ComparedQuality,
+    Figure,
+    Figures,
+    Payback,
+    ServingSaving,
+    Speedup,
+    SpendRecord,
+    TrainedRecord,
+    TrainingSaving,
+)
 from pipeline.ledger.values import Provenance, Value, derive, estimated, null
 
 SECONDS_PER_HOUR = 3600
@@ -59,6 +69,37 @@ class Spend:
     unknown: str = "existing model"
     registered: str | None = None
     foreign_load: Value | None = None
+
+    def to_json(self) -> SpendRecord:
+        """Return what `from_json` reads back."""
+        load = self.foreign_load
+        return {
+            "arm": self.arm,
+            "depends_on": list(self.depends_on),
+            "work_h": self.work_h,
+            "retry_h": self.retry_h,
+            "flops": self.flops,
+            "existing": self.existing,
+            "unknown": self.unknown,
+            "registered": self.registered,
+            "foreign_load": None if load is None else load.to_json(),
+        }
+
+    @staticmethod
+    def from_json(raw: SpendRecord) -> Spend:
+        """Read back what `to_json` wrote."""
+        load = raw["foreign_load"]
+        return Spend(
+            arm=raw["arm"],
+            depends_on=tuple(raw["depends_on"]),
+            work_h=raw["work_h"],
+            retry_h=raw["retry_h"],
+            flops=raw["flops"],
+            existing=raw["existing"],
+            unknown=raw["unknown"],
+            registered=raw["registered"],
+            foreign_load=None if load is None else Value.from_json(load),
+        )
 
 
 Spends = Mapping[str, Spend]
@@ -306,10 +347,44 @@ class Trained:
     final: float | None
     curve: tuple[Reading, ...] = ()
 
+    def to_json(self) -> TrainedRecord:
+        """Return what `from_json` reads back: as far as it says, NaN and infinities are null."""
+        return {
+            "arm": self.arm,
+            "final": _finite(self.final),
+            "curve": [
+                {
+                    "tokens": each.tokens,
+                    "metric": _finite(each.metric),
+                    "device_hours": each.device_hours,
+                    "is_constant": each.is_constant,
+                }
+                for each in self.curve
+            ],
+        }
+
+    @staticmethod
+    def from_json(raw: TrainedRecord) -> Trained:
+        """Read back what `to_json` wrote."""
+        readings = tuple(
+            Reading(
+                each["tokens"],
+                math.nan if each["metric"] is None else each["metric"],
+                each["device_hours"],
+                each["is_constant"],
+            )
+            for each in raw["curve"]
+        )
+        return Trained(arm=raw["arm"], final=raw["final"], curve=readings)
+
     @property
     def constant(self) -> tuple[Reading, ...]:
         """Its readings at a constant learning rate."""
         return tuple(reading for reading in self.curve if reading.is_constant)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -583,6 +658,38 @@ def _training_null(why: str, arm: Trained, base: Trained, spends: Spends) -> Tra
         ("saving", "new_spend_saving", "systems", "algorithmic", "bound", "less_others"), null(why)
     )
     return _training_json(figures, "none applies", arm, base, spends)
+
+
+def unless_worse(training: TrainingSaving, quality: ComparedQuality) -> TrainingSaving:
+    """Take a saving back where the arm is worse on test: equal on a sample of validation was not
+    equal.
+
+    Both readings are point estimates; what the interval on test leaves open is said in the rule.
+    """
+    if (training["value"] is None and training["algorithmic"]["value"] is None) or quality[
+        "value"
+    ] is None:
+        return training
+    if quality["value"] >= -quality["margin"]:
+        open_still = quality["ci"] is None or quality["ci"][0] <= -quality["margin"]
+        more = "; whether quality is equal on the test split is undecided" if open_still else ""
+        return {**training, "rule": training["rule"] + more}
+    shortfall = f"{-quality['value']:.3g} on the test split, margin {quality['margin']:g}"
+    why = f"censored: the arm is worse than the base by {shortfall}"
+    gone = null(why).to_json()
+    hidden: TrainingSaving = {
+        **training,
+        "new_spend_saving": gone,
+        "systems": gone,
+        "algorithmic": gone,
+    }
+    if "amortised" in hidden:
+        hidden["amortised"] = gone
+    if "less_others" in hidden:
+        hidden["less_others"] = gone
+    if training["value"] is None:  # of time it had its reason before
+        return hidden
+    return {**hidden, **gone, "ci": None, "bound": Value.from_json(training).to_json()}
 
 
 def combine_training(per_seed: Sequence[TrainingSaving]) -> TrainingSaving:

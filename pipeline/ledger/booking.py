@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from pipeline.ledger.phases import total
 from pipeline.ledger.shapes import RunHours
 from pipeline.ledger.values import measured
 
@@ -181,6 +182,20 @@ def _add(time: ArmTime, window: Window, devices: int) -> ArmTime:
         assess_ns=time.assess_ns + (0 if is_work else kept),
         retry_ns=time.retry_ns + window.lost_ns * devices,
     )
+
+
+def outside_ns(
+    booked: Booking, before_ns: dict[str, int], own_ns: dict[str, int]
+) -> dict[str, int]:
+    """Return the overhead of a run by phase, in device-nanoseconds.
+
+    Args:
+        before_ns: That of its earlier attempts.
+        own_ns: That of its last one, as far as a clock has seen it. What passed before there was a
+            clock is the interpreter's start: `import`.
+    """
+    start_ns = booked.overhead_ns - sum(own_ns.values()) - sum(before_ns.values())
+    return total(before_ns, own_ns, {"import": start_ns})
 
 
 def device_hours(device_ns: int) -> float:

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date
+from typing import Any
 
 from pipeline.config.settings.cost import CostConfig, CostKind
 from pipeline.errors import UserError
@@ -30,6 +32,7 @@ from pipeline.ledger.values import Provenance, Value, declared, derive, estimate
 JOULES_PER_KWH = 3.6e6
 NO_RATE = "no rate declared"
 NO_PUE = "no PUE declared"
+NO_CO2 = "no intensity declared: cost.co2_g_per_kwh"
 _CURRENCY = re.compile(r"[A-Z]{3}")  # ISO 4217
 
 
@@ -113,6 +116,13 @@ def facility_energy(energy_j: Value, cost: CostConfig) -> Value:
     return derive(lambda board, pue: board * pue, energy_j, declared(cost.pue))
 
 
+def cost_in(settings: Mapping[str, Any]) -> CostConfig:
+    """Return what the settings of a run that has ended declare; later settings have defaults."""
+    rates: dict[str, Any] = dict(settings["cost"])
+    kind = rates.pop("kind", None)
+    return CostConfig(kind=None if kind is None else CostKind(kind), **rates)
+
+
 def check_cost(cost: CostConfig) -> None:
     """Refuse money that nobody can vouch for, and power that is paid twice.
 
@@ -139,6 +149,21 @@ def check_cost(cost: CostConfig) -> None:
         )
     if cost.energy_price_per_kwh is not None:
         _check_power(cost)
+    if cost.co2_g_per_kwh is not None and not (cost.co2_source or "").strip():
+        problem = "an intensity without its source is a guess"
+        raise UserError("cost.co2_source", problem, "say who publishes cost.co2_g_per_kwh")
+    if cost.co2_g_per_kwh is None and cost.co2_source is not None:
+        raise UserError("cost.co2_g_per_kwh", "is missing", "give it, or leave cost.co2_source out")
+
+
+def emissions_g(energy_j: Value, cost: CostConfig) -> Value:
+    """Return grams of CO2 equivalent for what the boards drew, of the facility where a PUE is
+    declared; null without a declared intensity.
+    """
+    if cost.co2_g_per_kwh is None:
+        return null(NO_CO2)
+    drawn = energy_j if cost.pue is None else facility_energy(energy_j, cost)
+    return _times(declared(cost.co2_g_per_kwh / JOULES_PER_KWH), drawn)
 
 
 def _check_said(cost: CostConfig) -> None:

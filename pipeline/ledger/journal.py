@@ -121,10 +121,14 @@ def read_new(path: Path, offset: int, *, checked: bool = False) -> tuple[list[Ev
         file.seek(offset)
         content = file.read()
     whole = content[: content.rfind(b"\n") + 1]
-    parsed = (
-        _parse(line, checked=checked) for line in whole.split(b"\n")
-    )  # not splitlines: values may hold other line ends
-    return [event for event in parsed if event is not None], offset + len(whole)
+    return read_lines(whole, checked=checked), offset + len(whole)
+
+
+def read_lines(content: bytes, *, checked: bool = False) -> list[Event]:
+    """Return the events in a part of a journal; see `read_events`."""
+    # not splitlines: values may hold other line ends
+    parsed = (_parse(line, checked=checked) for line in content.split(b"\n"))
+    return [event for event in parsed if event is not None]
 
 
 def read_first(path: Path) -> Event | None:

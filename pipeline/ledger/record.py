@@ -153,6 +153,33 @@ class Spent:
         return {name: ns * (devices - 1) / devices for name, ns in self.alone_ns.items()}
 
 
+def by_class(spent: Spent, devices: int) -> tuple[dict[HoursPart, float], dict[str, float]]:
+    """Return what became of a row's time, by part, and its waste by cause: nanoseconds of a device
+    in the mean.
+    """
+    total = spent.work_ns + spent.assess_ns + spent.lost_ns
+    phases, waited = spent.of_devices(devices)  # a phase is that of the devices that worked
+    wasted_by = dict.fromkeys(WASTE_CAUSES, 0.0)
+    for phase, cause in WASTED.items():
+        wasted_by[cause] += phases.get(phase, 0)
+    wasted_by[spent.lost_as] += spent.lost_ns
+    wasted_by["idle_rank"] += waited
+    wasted = sum(wasted_by.values())
+    productive = sum(ns for phase, ns in phases.items() if phase in PRODUCTIVE)
+    # The rest, so that the three classes add up to all of the time.
+    support = total - wasted - productive
+    parts: dict[HoursPart, float] = {
+        "attached": total,
+        "work": spent.work_ns,
+        "assess": spent.assess_ns,
+        "retry": spent.lost_ns,
+        "productive": productive,
+        "support": support,
+        "wasted": wasted,
+    }
+    return parts, wasted_by
+
+
 def hours(ns: float, devices: int) -> Value:
     """Return device-hours of an interval."""
     return measured(ns * devices / HOUR_NS)
@@ -186,26 +213,8 @@ def ledger(
         truncated: The process was killed: its last seconds are unknown.
         peak: Dense TFLOP/s of one device in the arithmetic of this stage.
     """
-    total = spent.work_ns + spent.assess_ns + spent.lost_ns
-    phases, waited = spent.of_devices(devices)  # a phase is that of the devices that worked
-    wasted_by = dict.fromkeys(WASTE_CAUSES, 0.0)
-    for phase, cause in WASTED.items():
-        wasted_by[cause] += phases.get(phase, 0)
-    wasted_by[spent.lost_as] += spent.lost_ns
-    wasted_by["idle_rank"] += waited
-    wasted = sum(wasted_by.values())
-    productive = sum(ns for phase, ns in phases.items() if phase in PRODUCTIVE)
-    # The rest, so that the three classes add up to all of the time.
-    support = total - wasted - productive
-    parts: dict[HoursPart, float] = {
-        "attached": total,
-        "work": spent.work_ns,
-        "assess": spent.assess_ns,
-        "retry": spent.lost_ns,
-        "productive": productive,
-        "support": support,
-        "wasted": wasted,
-    }
+    parts, wasted_by = by_class(spent, devices)
+    total, productive = parts["attached"], parts["productive"]
     device_hours = DeviceHours(
         **{name: hours(ns, devices).to_json() for name, ns in parts.items()},
         wasted_by={cause: hours(ns, devices).to_json() for cause, ns in wasted_by.items() if ns},

@@ -163,35 +163,102 @@ ASSESSED = Spec(
 """assessments/KEY.json: how good an artifact is."""
 _SECONDS = _list_of(_list_of({"type": "number", "minimum": 0}, least=2, most=2), least=1)
 _OF_PAIRS = _list_of({"type": "array", "minItems": 3, "maxItems": 3})
+_SERVED_PASS = _fields(
+    {
+        "conditions": _VALUES,
+        "why_no_joules": _TEXT_OR_NULL,
+        "dtype": _OBJECT,
+        "orders": _OF_PAIRS,
+        "places": _OF_PAIRS,
+        "order_seed": {"type": ["integer", "null"]},
+        "warm_up": _OBJECT,
+        "decode": _OBJECT,
+        "draft": {"type": ["object", "null"]},
+        "joules": {"oneOf": [{"type": "null"}, _list_of(_SECONDS, least=2, most=2)]},
+    },
+    serving={"type": "object", "additionalProperties": _VALUES},
+    seconds=_list_of({"type": "array", "minItems": 4, "maxItems": 4}),
+    how=_OBJECT,
+)
 SERVED = Spec(
-    shapes.Served,
-    _fields(
-        {"devices": _ATTEMPT},
-        run_id=_TEXT,
-        elapsed_ns=_NS,
-        served=_fields(
-            {
-                "conditions": _VALUES,
-                "why_no_joules": _TEXT_OR_NULL,
-                "dtype": _OBJECT,
-                "orders": _OF_PAIRS,
-                "places": _OF_PAIRS,
-                "order_seed": {"type": ["integer", "null"]},
-                "warm_up": _OBJECT,
-                "decode": _OBJECT,
-                "draft": {"type": ["object", "null"]},
-                "joules": {"oneOf": [{"type": "null"}, _list_of(_SECONDS, least=2, most=2)]},
-            },
-            serving={
-                "type": "object",
-                "additionalProperties": {"type": "object", "additionalProperties": _VALUE},
-            },
-            seconds=_list_of({"type": "array", "minItems": 4, "maxItems": 4}),
-            how=_OBJECT,
-        ),
-    ),
+    shapes.Served, _fields({"devices": _ATTEMPT}, run_id=_TEXT, elapsed_ns=_NS, served=_SERVED_PASS)
 )
 """serving/KEY.json: a comparison pass."""
+_HOURS = {"type": "number", "minimum": 0}
+_SPEND = _fields(
+    arm=_TEXT,
+    depends_on=_list_of(_TEXT),
+    work_h=_HOURS,
+    retry_h=_HOURS,
+    flops=_COUNT_OR_NULL,
+    existing={"type": "boolean"},
+    unknown=_TEXT,
+    registered=_TEXT_OR_NULL,
+    foreign_load={"oneOf": [{"type": "null"}, _VALUE]},
+)
+_READING = _fields(
+    tokens=_NS,
+    metric={"type": ["number", "null"]},
+    device_hours=_HOURS,
+    is_constant={"type": "boolean"},
+)
+_TRAINED = _fields(arm=_TEXT, final={"type": ["number", "null"]}, curve=_list_of(_READING))
+BASIS = Spec(
+    shapes.ComparisonBasis,
+    _fields(
+        seeds=_list_of(
+            _fields(seed={"type": "integer"}, spends=_list_of(_SPEND), trained=_list_of(_TRAINED))
+        ),
+        teachers=_list_of(_TEXT),
+        tolerance=_fields(most=_COUNT_OR_NULL, what=_TEXT, is_shared={"type": "boolean"}),
+        served={"oneOf": [{"type": "null"}, _SERVED_PASS]},
+        served_elsewhere_h=_HOURS,
+    ),
+)
+"""evidence/compared.json: what comparisons rest on, beside per-document values."""
+_SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+RECEIPT_VERSION = 1
+RECEIPT = Spec(
+    shapes.Receipt,
+    {
+        **_fields(
+            schema={"const": RECEIPT_VERSION},
+            run_id=_TEXT,
+            recipe=_TEXT,
+            question=_TEXT,
+            created=_TEXT,
+            release=_TEXT,
+            commit=_TEXT_OR_NULL,
+            task=_TEXT,
+            primary_arm=_TEXT,
+            seeds=_list_of({"type": "integer"}, least=1),
+            device=_fields(kind=_TEXT, name=_TEXT, count=_ATTEMPT),
+            data=_fields(
+                name=_TEXT, digest=_TEXT, splits={"type": "object", "additionalProperties": _NS}
+            ),
+            digests=_fields(
+                journal=_fields(bytes=_NS, sha256=_SHA256),
+                result=_SHA256,
+                settings=_SHA256,
+                schema=_SHA256,
+                evidence={"type": "object", "additionalProperties": _SHA256},
+            ),
+            artifacts=_list_of(
+                _fields(
+                    arm=_TEXT,
+                    seed={"type": "integer"},
+                    kind=_TEXT,
+                    digest={"type": "string", "pattern": "^[0-9a-f]{32}$"},
+                    bytes=_NS,
+                )
+            ),
+            figures={"type": "object", "additionalProperties": _OBJECT},
+            left_out={"type": "object", "additionalProperties": _TEXT},
+        ),
+        "additionalProperties": False,
+    },
+)
+"""receipt.json: what was measured, and what proves it."""
 MANIFEST = Spec(
     shapes.ArtifactFacts,
     _fields(kind={"type": "string", "pattern": "^[a-z_]{1,40}$"}, digest=_TEXT),
@@ -395,6 +462,10 @@ EVENTS: dict[str, Spec[Any]] = {
     ),
     "resume": Spec(
         shapes.Resumed, _fields(**_OF_ARM, attempt=_ATTEMPT, step=_NS, history=_HISTORY)
+    ),
+    "booked": Spec(
+        shapes.Booked,
+        _fields(attempt=_ATTEMPT, end_ns=_NS, clock_ns=_PHASES_NS, release=_TEXT, schema=_SHA256),
     ),
     "run_end": Spec(
         shapes.Ended,

@@ -408,6 +408,53 @@ class Pair(TypedDict):
     payback: Payback | None
 
 
+class SpendRecord(TypedDict):
+    """What an arm's own stage took; see `compare.savings.Spend`."""
+
+    arm: str
+    depends_on: list[str]
+    work_h: float
+    retry_h: float
+    flops: float | None
+    existing: bool
+    unknown: str
+    registered: str | None
+    foreign_load: Figure | None
+
+
+class ReadingRecord(TypedDict):
+    """A validation reading; see `compare.savings.Reading`."""
+
+    tokens: int
+    metric: float | None
+    device_hours: float
+    is_constant: bool
+
+
+class TrainedRecord(TypedDict):
+    """How an arm's training went; see `compare.savings.Trained`."""
+
+    arm: str
+    final: float | None
+    curve: list[ReadingRecord]
+
+
+class ToleranceRecord(TypedDict):
+    """What others may take of a device; see `compare.savings.Tolerance`."""
+
+    most: float | None
+    what: str
+    is_shared: bool
+
+
+class SeedBasis(TypedDict):
+    """What the comparisons of a seed rest on."""
+
+    seed: int
+    spends: list[SpendRecord]
+    trained: list[TrainedRecord]
+
+
 # -- verdicts -------------------------------------------------------------------------------------
 
 
@@ -1093,6 +1140,72 @@ class Served(TypedDict):
     devices: NotRequired[int]
 
 
+class ComparisonBasis(TypedDict):
+    """evidence/compared.json of a run: what its comparisons rest on, beside per-document values."""
+
+    seeds: list[SeedBasis]
+    teachers: list[str]
+    tolerance: ToleranceRecord
+    served: ServedPass | None
+    served_elsewhere_h: float
+
+
+class JournalDigest(TypedDict):
+    """The part of a journal that a receipt is of: its first bytes."""
+
+    bytes: int
+    sha256: str
+
+
+class ReceiptDigests(TypedDict):
+    """What a receipt is of, as SHA-256; `evidence` by name of file."""
+
+    journal: JournalDigest
+    result: str
+    settings: str
+    schema: str
+    evidence: dict[str, str]
+
+
+class ReceiptArtifact(TypedDict):
+    """An artifact of a run, by the digest of its files."""
+
+    arm: str
+    seed: int
+    kind: str
+    digest: str
+    bytes: int
+
+
+class ReceiptData(TypedDict):
+    """The data of a run: documents by split."""
+
+    name: str
+    digest: str
+    splits: dict[str, int]
+
+
+class Receipt(TypedDict):
+    """receipt.json: what was measured, on what, and the digests of what that was made from."""
+
+    schema: int
+    run_id: str
+    recipe: str
+    question: str
+    created: str
+    release: str
+    commit: str | None
+    task: str
+    primary_arm: str
+    seeds: list[int]
+    device: DeviceRecord
+    data: ReceiptData
+    digests: ReceiptDigests
+    artifacts: list[ReceiptArtifact]
+    figures: dict[str, dict[str, Any]]
+    left_out: dict[str, str]
+
+
 class HistoryEntry(TypedDict):
     """An attempt of any run that led to a checkpoint, up to its last one."""
 
@@ -1457,6 +1570,19 @@ class Resumed(Line):
     history: list[HistoryEntry]
 
 
+class Booked(Line):
+    """What comes from here on is booked no more: the last reading of the clock, and of what release
+    the run is.
+    """
+
+    e: Literal["booked"]
+    attempt: int
+    end_ns: int
+    clock_ns: PhasesNs
+    release: str
+    schema: str  # digest of that of result.json
+
+
 class Ended(Line):
     """An attempt at a run came to its end."""
 
@@ -1574,6 +1700,7 @@ Event: TypeAlias = (
     | Points
     | Checkpointed
     | Resumed
+    | Booked
     | LastLine
     | DevicesSeen
     | ProcessStarted
@@ -1751,6 +1878,8 @@ class CostRecord(TypedDict, total=False):
     date: str | None
     pue: float | None
     energy_price_per_kwh: float | None
+    co2_g_per_kwh: float | None
+    co2_source: str | None
     converged_at: float | None
     teacher_shared_by: int
 

@@ -4,12 +4,16 @@ end was.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import sys
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.errors import UserError
 from pipeline.ledger import metrics
 from pipeline.ledger.attempted import attempted, unmeasured
 from pipeline.ledger.booking import device_hours, run_hours
@@ -31,13 +35,25 @@ from pipeline.report.text import conclusion_lines
 from pipeline.report.verdict import shown_line
 from pipeline.runs.allocation import allocation
 from pipeline.runs.charges import note_charges
-from pipeline.runs.environment import environment
+from pipeline.runs.comparison import basis
+from pipeline.runs.environment import environment, release
 from pipeline.runs.files import write_files
 from pipeline.runs.forecasting import scored
 from pipeline.runs.gate_ending import ended, shown_verdict, write_outputs
+from pipeline.runs.receipts.cards import write_cards
+from pipeline.runs.receipts.evidence import keep_evidence
+from pipeline.runs.receipts.receipt import (
+    FILE,
+    SIGNATURE,
+    read_kept,
+    schema_digest,
+    why_none,
+    write_receipt,
+)
+from pipeline.runs.receipts.signature import load_key, sign
 from pipeline.runs.rows import hours_in
 from pipeline.runs.running import Running
-from pipeline.store.artifacts import MODEL, free_room, write_json
+from pipeline.store.artifacts import MODEL, free_room, write_bytes, write_json
 from pipeline.tracking.deliver import ui_command
 from pipeline.tracking.writer import GATE_S, let_go, undelivered
 
@@ -51,6 +67,7 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
     """
     running.session.sampler.stop()
     free_room(running.session.folder)  # what is written from here on fits, whatever filled the disk
+    running.timeline.close(release=release(), schema=schema_digest())
     attempted(
         lambda: note_charges(running),
         lambda why: running.book.notes.append(unmeasured("what models cost", why)),
@@ -63,7 +80,7 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
     material = material_of(
         result, running.session.folder, verdict, charts=running.session.run.tracking.charts
     )
-    files = write_files(running.session.folder, material)
+    files = [*write_files(running.session.folder, material), *leave_receipt(running, result)]
     state = read_record(running.session.folder / "run.json", RUN)
     end = {
         "status": status,
@@ -127,6 +144,47 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
         return problem or f"{shown}   (delivered {waited:.1f} s after the report; in no figure)"
 
     return deliver
+
+
+def leave_receipt(running: Running, result: Result) -> list[str]:
+    """Write the receipt of a run that made a model, with what proves it; return the names of files
+    that are delivered.
+    """
+    folder = running.session.folder
+    if why_none(result) is not None:
+        return []
+
+    def write() -> list[str]:
+        (folder / SIGNATURE).unlink(missing_ok=True)
+        keep_evidence(folder, result["rows"], basis(running))
+        content = write_receipt(folder)
+        attempted(lambda: cards(content), lambda why: failed("README.md of models", why))
+        return [FILE, *(signed(content) if key is not None else [])]
+
+    def cards(content: bytes) -> list[str]:
+        sha256 = hashlib.sha256(content).hexdigest()
+        left = write_cards(read_kept(folder), json.loads(content), sha256, running.session.store)
+        for arm in left:
+            print(f"note: {arm}: its artifact has a README.md, which stays; no card was written")
+        return left
+
+    def signed(content: bytes) -> list[str]:
+        def write() -> list[str]:
+            own = load_key(Path(str(key)).expanduser(), "tracking.sign_with")
+            write_bytes(folder / SIGNATURE, sign(content, own).encode())
+            return [SIGNATURE]
+
+        try:  # the key was there when the run began
+            return attempted(write, lambda why: failed(SIGNATURE, why))
+        except UserError as problem:
+            return failed(SIGNATURE, str(problem))
+
+    def failed(name: str, why: str) -> list[str]:
+        print(f"note: {name} could not be written ({why})", file=sys.stderr)
+        return []
+
+    key = running.session.run.tracking.sign_with
+    return attempted(write, lambda why: failed(FILE, why))
 
 
 def _traces(running: Running) -> list[str]:

@@ -44,6 +44,7 @@ class Book:
         reused_h: Device-hours of work, assessment and comparison that other runs spent and this one
             takes over.
         served: What the comparison pass read; None where there was none.
+        served_elsewhere_h: Those of `reused_h` that another run's comparison pass took.
         why_unserved: Why it failed.
         disagreeing: Arms that vLLM reads as another model.
     """
@@ -56,6 +57,7 @@ class Book:
     notes: list[str] = field(default_factory=list)
     reused_h: float = 0.0
     served: ServePass | None = None
+    served_elsewhere_h: float = 0.0
     why_unserved: str | None = None
     disagreeing: list[str] = field(default_factory=list)
 

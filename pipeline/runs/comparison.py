@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.compare import savings
-from pipeline.compare.blocks import disturbances
 from pipeline.compare.quality import combine_seeds, compare_items, compared_keys
 from pipeline.compare.savings import Reading, Spend, Trained, combine_training, training_saving
 from pipeline.config.arms import BEST_16_BIT, is_fallback
@@ -25,7 +24,7 @@ from pipeline.evaluation.serving.tokens import OTHER_TOKENIZER, other_tokenizers
 from pipeline.ledger.metrics import DIRECTION, PRIMARY, RELATIVE, TASK, UNIT, primary_key
 from pipeline.ledger.shapes import (
     ComparedQuality,
-    Figures,
+    ComparisonBasis,
     Pair,
     Payback,
     ServingSaving,
@@ -175,7 +174,7 @@ def _one(
         decides = primary_key([quality], running.session.run.task)
         if decides is not None:
             # A saving is only one at equal quality, and test has the last word.
-            training = _unless_worse(training, quality[decides], pair)
+            training = savings.unless_worse(training, quality[decides])
     judged = None
     if served is not None and serving is not None and _is_unquantized_form(running, pair):
         judged = savings.speedup(serving, served.serving[pair.arm], served.serving[pair.base])
@@ -300,13 +299,6 @@ def _task(running: Running, pair: Comparison, each: _Seed, key: str) -> Compared
 def _training(running: Running, pair: Comparison, each: _Seed) -> TrainingSaving:
     run = running.session.run
     arm, base = (_trained(running, name, each) for name in (pair.arm, pair.base))
-    # Of all stages: a teacher may be shared by several students.
-    teachers = {
-        arm
-        for stage in running.session.stages.values()
-        for role, arm in stage.inputs(run).items()
-        if role in (TEACHER, CACHE)
-    }
     return training_saving(
         arm,
         base,
@@ -314,44 +306,48 @@ def _training(running: Running, pair: Comparison, each: _Seed) -> TrainingSaving
         margin=run.quality.margin,
         lower_is_better=DIRECTION[PRIMARY[run.task]] < 0,
         # An arm's own training is never divided among others.
-        teachers=teachers - {pair.arm, pair.base},
+        teachers=_teachers(running) - {pair.arm, pair.base},
         shared_by=run.cost.teacher_shared_by,
         tolerance=tolerance(running),
     )
 
 
-def _unless_worse(
-    training: TrainingSaving, quality: ComparedQuality, pair: Comparison
-) -> TrainingSaving:
-    """Take a saving back where the arm is worse on test: equal on a sample of validation was not
-    equal.
-
-    Both readings are point estimates; what the interval on test leaves open is said in the rule.
-    """
-    if (training["value"] is None and training["algorithmic"]["value"] is None) or quality[
-        "value"
-    ] is None:
-        return training
-    if quality["value"] >= -quality["margin"]:
-        open_still = quality["ci"] is None or quality["ci"][0] <= -quality["margin"]
-        more = "; whether quality is equal on the test split is undecided" if open_still else ""
-        return {**training, "rule": training["rule"] + more}
-    shortfall = f"{-quality['value']:.3g} on the test split, margin {quality['margin']:g}"
-    why = f"censored: the arm is worse than the base by {shortfall}"
-    gone = null(why).to_json()
-    hidden: TrainingSaving = {
-        **training,
-        "new_spend_saving": gone,
-        "systems": gone,
-        "algorithmic": gone,
+def _teachers(running: Running) -> set[str]:
+    """Return the teachers, and caches of them, of all stages: several students may share one."""
+    run = running.session.run
+    return {
+        arm
+        for stage in running.session.stages.values()
+        for role, arm in stage.inputs(run).items()
+        if role in (TEACHER, CACHE)
     }
-    if "amortised" in hidden:
-        hidden["amortised"] = gone
-    if "less_others" in hidden:
-        hidden["less_others"] = gone
-    if training["value"] is None:  # of time it had its reason before
-        return hidden
-    return {**hidden, **gone, "ci": None, "bound": Value.from_json(training).to_json()}
+
+
+def basis(running: Running) -> ComparisonBasis:
+    """Return what the comparisons of a run rest on, beside per-document values: with both they can
+    be made again.
+    """
+    pairs = running.book.comparisons
+    read = {side for pair in pairs if pair["training"] for side in (pair["arm"], pair["base"])}
+    seeds = [
+        _Seed(seed, running.book.finished(seed), spends_of(running, seed))
+        for seed in running.session.seeds
+    ]
+    allowed, served = tolerance(running), running.book.served
+    return {
+        "seeds": [
+            {
+                "seed": each.seed,
+                "spends": [spend.to_json() for spend in each.spends.values()],
+                "trained": [_trained(running, arm, each).to_json() for arm in sorted(read)],
+            }
+            for each in seeds
+        ],
+        "teachers": sorted(_teachers(running)),
+        "tolerance": {"most": allowed.most, "what": allowed.what, "is_shared": allowed.is_shared},
+        "served": None if served is None else served.to_json(),
+        "served_elsewhere_h": running.book.served_elsewhere_h,
+    }
 
 
 def _trained(running: Running, arm: str, each: _Seed) -> Trained:
@@ -398,7 +394,7 @@ def _serving(running: Running, pair: Comparison, served: ServePass | None) -> Se
     elif (why := _loud(running, served)) is not None:
         reading = savings.no_serving_saving(why)
     else:
-        reading = _ordered(served, key, savings.serving_saving(*served.seconds[key]))
+        reading = served.saving(key)
     ways = dict.fromkeys(served.how[arm] for arm in key)
     dtypes = {
         side: _dtype_word(served.how[arm]) for side, arm in zip(("arm", "base"), key, strict=True)
@@ -432,22 +428,6 @@ def _other_tokens(running: Running, arms: tuple[str, str], rows: Rows) -> bool:
         return other_tokenizers(running.session.run.task, *paths)
 
 
-def _ordered(served: ServePass, pair: tuple[str, str], reading: ServingSaving) -> ServingSaving:
-    """Return a saving with how its blocks were ordered, and what else than the two arms moved their
-    readings.
-    """
-    if pair not in served.orders:
-        return reading
-    orders, places = served.orders[pair], served.places[pair]
-    return {
-        **reading,
-        "orders": orders,
-        "order_seed": served.order_seed,
-        "warm_up": served.warm_up,
-        "disturbed": disturbances(*served.seconds[pair], orders, places),
-    }
-
-
 def _payback(
     running: Running,
     pair: Comparison,
@@ -458,20 +438,15 @@ def _payback(
     """Return when serving has repaid what the arm took beyond its base (mean over seeds)."""
     extra = [savings.c_opt(pair.arm, pair.base, each.spends) for each in all_seeds]
     mean = derive(lambda *hours: float(np.mean(hours)), *extra)
-    c_base = _per_unit(served.serving[pair.base])
     declared = running.session.run.serving
     return savings.payback(
         mean,
-        c_base,
+        served.per_unit(pair.base),
         serving,
         unit=UNIT[running.session.run.task],
         volume=declared.volume,
         rate=declared.rate,
     )
-
-
-def _per_unit(figures: Figures) -> Value:
-    return derive(lambda seconds: seconds / 1000, Value.from_json(figures["device_s_per_1k_units"]))
 
 
 def fill_serving(running: Running, served: ServePass | None) -> None:

@@ -36,6 +36,11 @@ def environment(command: str, data: Dataset, notes: Sequence[str]) -> Environmen
     }
 
 
+def release() -> str:
+    """Return the release of this package."""
+    return _version("model-efficiency-pipeline") or "unknown"
+
+
 def commit() -> str | None:
     """Return the git commit of the checkout this package lies in; None for an installed wheel."""
     top = Path(__file__).resolve().parents[2]

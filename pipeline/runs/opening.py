@@ -62,6 +62,7 @@ from pipeline.runs.preflight import (
     in_native_precision,
     slow_precision,
 )
+from pipeline.runs.receipts.signature import load_key
 from pipeline.runs.resume import Past, read_past, why_unusable
 from pipeline.runs.running import Running
 from pipeline.runs.session import Session
@@ -111,6 +112,8 @@ def prepare(run: Run, clock: PhaseClock) -> Prepared:
     """
     root = Path(run.tracking.root).expanduser().resolve()
     owner = {name: getattr(run.tracking, name) for name in OWNER}
+    if run.tracking.sign_with is not None:
+        load_key(Path(run.tracking.sign_with).expanduser(), "tracking.sign_with")
     with clock.phase("prepare"):
         data = load_dataset(run.data, run.task)
         gate = _open_gate(run, root, clock) if is_gate(run) else None

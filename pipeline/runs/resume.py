@@ -74,8 +74,29 @@ class Past:
         return replace(self, rows=(*others[:at], row, *others[at:]), changed=(*self.changed, row))
 
 
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Who reads a journal: the next attempt at the run, which makes rows of what has none; or,
+    without a session, somebody who asks for its hours alone.
+    """
+
+    run_id: str
+    session: Session | None = None
+
+
 def read_past(session: Session, events: list[Event]) -> Past:
     """Return what earlier attempts of this run spent: hours of a killed process are not lost."""
+    return _read(_Reader(session.run_id, session), events)
+
+
+def booked_again(events: list[Event], run_id: str) -> Past:
+    """Return windows, spans and overhead of a run by its whole journal, its last attempt among
+    them. No row is made: all of them are in the journal.
+    """
+    return _read(_Reader(run_id), events)
+
+
+def _read(reader: _Reader, events: list[Event]) -> Past:
     rows = [event["row"] for event in events if event["e"] == "row"]
     # A row is journaled anew when it changes: the last version counts.
     newest = {
@@ -86,7 +107,7 @@ def read_past(session: Session, events: list[Event]) -> Past:
         finished=tuple(row for row in newest.values() if row["status"] == "FINISHED"),
     )
     for part in _by_attempt(events):
-        past = _with_attempt(session, past, part, set(newest))
+        past = _with_attempt(reader, past, part, set(newest))
     return past
 
 
@@ -105,7 +126,8 @@ def from_checkpoint(
         rows=tuple(book.rows),
         reused_h=book.reused_h,
     )
-    past = resumed(session, now, arm, seed, session.number, step, history)
+    reader = _Reader(session.run_id, session)
+    past = _resumed(reader, now, arm, seed, session.number, step, history)
     timeline.windows, timeline.spans = list(past.windows), dict(past.spans)
     # the trace of this attempt is being written to: it stays the same object
     own = timeline.trace(arm, seed, session.number)
@@ -179,7 +201,7 @@ def _saved_ns(opened: Opened | None, events: list[Event]) -> int:
 
 
 def _with_attempt(
-    session: Session, past: Past, events: list[Event], written: set[tuple[str, int, int]]
+    reader: _Reader, past: Past, events: list[Event], written: set[tuple[str, int, int]]
 ) -> Past:
     """Return the past with one more attempt.
 
@@ -196,7 +218,7 @@ def _with_attempt(
         past = _with_trace(past, event)
         if event["e"] == "resume":
             of_arm = event["arm"], event["seed"]
-            past = resumed(session, past, *of_arm, number, event["step"], event["history"])
+            past = _resumed(reader, past, *of_arm, number, event["step"], event["history"])
     closed = [event for event in events if event["e"] == "window"]
     windows = [Window(**event["window"]) for event in closed]
     opened = [event for event in events if event["e"] == "open"]
@@ -206,8 +228,8 @@ def _with_attempt(
     past = _with_outside(replace(past, windows=(*past.windows, *windows)), number, events)
     arms = ((event["arm"], event["seed"]) for event in opened if event["arm"] is not None)
     for arm, seed in dict.fromkeys(arms):
-        if (arm, seed, number) not in written:
-            past = _with_killed_row(session, past, arm, seed, number, events)
+        if reader.session is not None and (arm, seed, number) not in written:
+            past = _with_killed_row(reader.session, past, arm, seed, number, events)
     return past
 
 
@@ -394,8 +416,8 @@ def _with_killed_row(
     return past.with_row(row)
 
 
-def resumed(
-    session: Session,
+def _resumed(
+    reader: _Reader,
     past: Past,
     arm: str,
     seed: int,
@@ -420,14 +442,14 @@ def resumed(
     for index, window in enumerate(past.windows):
         of_arm = (window.kind, window.arm, window.seed) == ("work", arm, seed)
         if of_arm and window.attempt < number:
-            past = _rebooked(session, past, index, by_attempt.get((session.run_id, window.attempt)))
+            past = _rebooked(reader, past, index, by_attempt.get((reader.run_id, window.attempt)))
     for (run_id, other), entry in by_attempt.items():
-        if run_id != session.run_id:
-            past = _taken_over(session, past, arm, seed, run_id, other, entry)
+        if run_id != reader.run_id and reader.session is not None:
+            past = _taken_over(reader.session, past, arm, seed, run_id, other, entry)
     return past
 
 
-def _rebooked(session: Session, past: Past, index: int, entry: HistoryEntry | None) -> Past:
+def _rebooked(reader: _Reader, past: Past, index: int, entry: HistoryEntry | None) -> Past:
     """Return the past with a window of an unfinished attempt as the checkpoint in use has it, and
     its row corrected.
     """
@@ -455,6 +477,8 @@ def _rebooked(session: Session, past: Past, index: int, entry: HistoryEntry | No
     windows = (*past.windows[:index], booked, *past.windows[index + 1 :])
     past = replace(past, windows=windows, spans={**past.spans, window.attempt: span})
     past = past.with_trace(*of_arm, trace)
+    if reader.session is None:
+        return past
     spent = _spent(booked.kept_ns, phases_ns, booked.beside)
     spent.lost_ns, spent.lost_as = booked.lost_ns, "rollback"
     row, record = rows[0], rows[0]["ledger"]
@@ -465,7 +489,7 @@ def _rebooked(session: Session, past: Past, index: int, entry: HistoryEntry | No
     )
     return past.with_row(
         _unfinished_row(
-            session,
+            reader.session,
             past,
             *of_arm,
             spent,

@@ -66,7 +66,9 @@ def _served(running: Running, pairs: list[tuple[str, str]]) -> ServePass:
         if record is None or not _holds(running, record):
             return _measured(running, pairs, key)
     if record["run_id"] != running.session.run_id:
-        running.book.reused_h += device_hours(record["elapsed_ns"] * record.get("devices", 1))
+        hours = device_hours(record["elapsed_ns"] * record.get("devices", 1))
+        running.book.served_elsewhere_h = hours
+        running.book.reused_h += hours
     return ServePass.from_json(record["served"])
 
 

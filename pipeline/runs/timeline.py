@@ -14,7 +14,7 @@ from typing import Literal
 
 from pipeline.errors import BudgetSpent, Preempted
 from pipeline.ledger import others
-from pipeline.ledger.booking import Booking, Span, Window, book, device_hours
+from pipeline.ledger.booking import Booking, Span, Window, book, device_hours, outside_ns
 from pipeline.ledger.disturbance import Disturbance, of_device, of_host
 from pipeline.ledger.gpu_usage import Usage, unread
 from pipeline.ledger.others import Accounts, Load
@@ -81,6 +81,7 @@ class Timeline:
         traces: How far a stage came in its steps, by arm, seed and attempt.
         led: What led to the checkpoint that a stage resumes from, by arm and seed.
         stop_signal: The signal that asked the run to end.
+        closed: The last reading of the clock that is booked, and the self times until then.
     """
 
     session: Session
@@ -93,6 +94,7 @@ class Timeline:
     traces: dict[tuple[str, int, int], Trace] = field(default_factory=dict)
     led: dict[tuple[str, int], list[HistoryEntry]] = field(default_factory=dict)
     stop_signal: int | None = None
+    closed: tuple[int, dict[str, int]] | None = None
 
     @contextmanager
     def window(self, kind: Kind, arm: str | None, seed: int) -> Generator[OpenWindow]:
@@ -229,17 +231,26 @@ class Timeline:
         """Return where the time of this run went until now, over all its attempts, and its overhead
         by phase.
 
-        Both are in device-nanoseconds. What passed before the clock was there is the interpreter's
-        start: `import`.
+        Both are in device-nanoseconds.
         """
         session = self.session
-        now_ns, phases_ns = session.clock.mark()
+        now_ns, phases_ns = self.closed or session.clock.mark()
         span = Span(session.started_ns, now_ns, session.devices)
         booked = book(self.windows, {**self.spans, session.number: span})
         own_ns = total(difference(phases_ns, self.inside_ns), times=session.devices)
-        # What no clock has seen: from the start of the process until there was one.
-        start_ns = booked.overhead_ns - sum(own_ns.values()) - sum(self.overhead_ns.values())
-        return booked, total(self.overhead_ns, own_ns, {"import": start_ns})
+        return booked, outside_ns(booked, self.overhead_ns, own_ns)
+
+    def close(self, **facts: str) -> None:
+        """Book nothing that comes from now on, and journal so: hours can be booked again from the
+        journal alone.
+
+        Args:
+            facts: What else is to stand there.
+        """
+        end_ns, clock_ns = self.closed = self.session.clock.mark()
+        self.session.journal.write(
+            "booked", attempt=self.session.number, end_ns=end_ns, clock_ns=clock_ns, **facts
+        )
 
     def spent_hours(self) -> float:
         """Return the device-hours of this run until now, over all its attempts."""

@@ -35,6 +35,8 @@ from pipeline.store.locks import check_locks, is_held, lock_at
 from pipeline.store.waiting import waiting_for
 
 MANIFEST = "artifact.json"
+CARD, GIVEN_CARD = "README.md", "README.base.md"  # ours; of the model that an artifact is a copy of
+CARD_MARK = "---\n# made by model-efficiency-pipeline\n"  # a comment of YAML, how a card begins
 MODEL = "model"  # the kind of artifact that can be assessed, served, and shown among models
 WAIT_S = 1.0
 # in a run's folder: result, report and last lines of the journal
@@ -72,11 +74,15 @@ class Artifact:
 
 
 def digest_folder(folder: Path) -> tuple[str, int]:
-    """Return digest and size in bytes of all files below `folder`, artifact.json excepted."""
+    """Return digest and size in bytes of all files below `folder`, artifact.json and a card of ours
+    excepted.
+    """
     total, whole = 0, hashlib.sha256()
     # Sorted, because a file system lists a folder in any order.
     for path in sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST and not is_card(path, folder)
     ):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
@@ -84,6 +90,16 @@ def digest_folder(folder: Path) -> tuple[str, int]:
         whole.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
         total += path.stat().st_size
     return whole.hexdigest()[:32], total
+
+
+def is_card(path: Path, folder: Path) -> bool:
+    """Whether a file is the card that a run wrote into the folder of an artifact. A README.md of
+    anybody else is a file like any other.
+    """
+    if path != folder / CARD:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(CARD_MARK)) == CARD_MARK.encode()
 
 
 def digest_given(folder: Path) -> tuple[str, int]:
@@ -317,6 +333,25 @@ class Store:
         if artifact.path.parent == self.root.resolve() / "artifacts":
             self.revise(artifact, lambda manifest: {**manifest, topic: facts})
 
+    def put_card(self, artifact: Artifact, text: str) -> bool:
+        """Write the card of an artifact of this store, which is in no digest.
+
+        Args:
+            text: That begins with `CARD_MARK`.
+
+        Returns:
+            Whether it was written: a README.md of somebody else stays.
+        """
+        path = artifact.path / CARD
+        if artifact.path.parent != self.root.resolve() / "artifacts":
+            return False
+        with self.lock(f"manifest-{artifact.digest}"), self.scratch() as out:
+            if path.exists() and not is_card(path, artifact.path):
+                return False
+            write_text(out / CARD, text)
+            (out / CARD).replace(path)
+        return True
+
     def revise(
         self, artifact: Artifact, change: Callable[[dict[str, Any]], dict[str, Any]]
     ) -> None:
@@ -416,10 +451,13 @@ def _is_whole(folder: Path, digest: str) -> bool:
 
 
 def copy_model(source: Path, out: Path) -> None:
-    """Copy a model's files, but what the store says of them."""
+    """Copy a model's files, but what a run said of them; a README.md of somebody else gets a name
+    of its own, since the copy may have a card.
+    """
     for file in source.iterdir():
-        if file.is_file() and file.name != MANIFEST:
-            shutil.copyfile(file, out / file.name)
+        if file.is_file() and file.name != MANIFEST and not is_card(file, source):
+            name = GIVEN_CARD if file.name == CARD else file.name
+            shutil.copyfile(file, out / name)
 
 
 def bring(source: Path, target: Path) -> None:

@@ -34,6 +34,7 @@ from pipeline.ledger.ranks import read_lives
 from pipeline.ledger.records import CHOICE, SHARD, read_record
 from pipeline.runs.opening import _check_budget, _find_or_make, _unfinished
 from pipeline.runs.past_cost import past_spend
+from pipeline.runs.receipts import verify
 from pipeline.store import verdicts as gate_record
 from pipeline.store.artifacts import Store, digest_folder, facts_of, write_json
 from pipeline.tasks.table import Task
@@ -298,6 +299,28 @@ def _task(folder: Path) -> list[Path]:
     return [folder / "x.yaml"]
 
 
+def _receipt(folder: Path) -> list[Path]:
+    sha256, figure = "0" * 64, {"value": 1.5, "provenance": "measured", "ci": [1.0, 2.0]}
+    receipt = {
+        "schema": 1,
+        **dict.fromkeys(("run_id", "recipe", "question", "created", "release", "task"), "x"),
+        "commit": None,
+        "primary_arm": "a",
+        "seeds": [0],
+        "device": {"kind": "cpu", "name": "c", "count": 1},
+        "data": {"name": "d", "digest": "e", "splits": {"test": 3}},
+        "digests": {
+            "journal": {"bytes": 7, "sha256": sha256},
+            **dict.fromkeys(("result", "settings", "schema"), sha256),
+            "evidence": {"f": sha256},
+        },
+        "artifacts": [{"arm": "a", "seed": 0, "kind": "model", "digest": "0" * 32, "bytes": 5}],
+        "figures": {"run/spent": figure},
+        "left_out": {"run/cost": "later"},
+    }
+    return _wrote(folder / "receipt.json", receipt)
+
+
 TARGETS: dict[str, Target] = {
     "run.json": Target(_run_json, _read_run_json),
     "artifact.json, keys": Target(_artifact, _read_artifact),
@@ -317,6 +340,7 @@ TARGETS: dict[str, Target] = {
     "about.json": Target(_note, lambda folder: recorded.read_identity(folder / "items.jsonl")),
     "precision.json": Target(_choice, lambda folder: read_record(folder / "x.json", CHOICE)),
     "shard.json": Target(_shard, lambda folder: read_record(folder / "x.json", SHARD)),
+    "receipt.json": Target(_receipt, lambda folder: verify.read_receipt(folder / "receipt.json")),
     "recipes": Target(_recipe, _read_recipes),
     "quality.tasks": Target(_task, lambda folder: _load_yaml(folder / "x.yaml")),
 }

@@ -38,6 +38,9 @@ class CostConfig:
     pue: Optional[float] = field(default=None, metadata={"min": 1})
     # of owned devices whose rate leaves power out
     energy_price_per_kwh: Optional[float] = at_least_0(None)
+    # of the electricity: CO2 equivalent is shown only where it is declared
+    co2_g_per_kwh: Optional[float] = at_least_0(None)
+    co2_source: Optional[str] = None  # who publishes it, and for when
     # quality/primary from which the model of this model.name has converged
     converged_at: Optional[float] = None
     # models that share the teacher's cost; the full figure stays beside it

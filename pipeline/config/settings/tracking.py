@@ -31,6 +31,8 @@ class TrackingConfig:
     uri: Optional[str] = None  # of an MLflow server or store; null: SQLite under `root`
     # false: no charts in report.html, no pictures beside it; a run ends seconds earlier
     charts: bool = True
+    # file of an ed25519 key of OpenSSH, without a passphrase: receipt.json is signed with it
+    sign_with: Optional[str] = None
     experiment: Optional[str] = None  # null: the recipe's name
     team: Optional[str] = None  # who pays, on every run and row
     cost_center: Optional[str] = None  # likewise

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from pipeline.compare.blocks import draw_design
+from pipeline.compare import savings
+from pipeline.compare.blocks import disturbances, draw_design
 from pipeline.config.settings.serving import Decode, ServingConfig, ServingLoad
 from pipeline.errors import UserError
 from pipeline.evaluation.quality.scoring import check_vocabulary
@@ -39,6 +40,7 @@ from pipeline.ledger.shapes import (
     DtypeRecord,
     Figures,
     ServedPass,
+    ServingSaving,
     WarmUpRecord,
 )
 from pipeline.ledger.values import Value, derive, measured, null
@@ -109,6 +111,27 @@ class ServePass:
     warm_up: WarmUpRecord = field(default_factory=WarmUpRecord)
     decode: dict[str, list[DecodeProbe]] = field(default_factory=dict)
     draft: DraftRecord | None = None
+
+    def saving(self, pair: Pair) -> ServingSaving:
+        """Return what a pair's arm saves, with how its blocks were ordered, and what else than the
+        two arms moved their readings.
+        """
+        reading = savings.serving_saving(*self.seconds[pair])
+        if pair not in self.orders:
+            return reading
+        orders, places = self.orders[pair], self.places[pair]
+        return {
+            **reading,
+            "orders": orders,
+            "order_seed": self.order_seed,
+            "warm_up": self.warm_up,
+            "disturbed": disturbances(*self.seconds[pair], orders, places),
+        }
+
+    def per_unit(self, arm: str) -> Value:
+        """Return the device-seconds that a unit takes."""
+        per_1k = Value.from_json(self.serving[arm]["device_s_per_1k_units"])
+        return derive(lambda seconds: seconds / 1000, per_1k)
 
     def to_json(self) -> ServedPass:
         """Return what `from_json` reads back."""
