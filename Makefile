@@ -7,11 +7,11 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # What `make test-all` runs: everything that needs no GPU.
 # After `make test`, MARKS='slow and not gpu' is the rest.
-MARKS ?= not gpu and not distributed
+MARKS ?= not gpu and not distributed and not services and not browser
 INSTALLED := $(VENV)/.installed
 
-.PHONY: fuzz demo test test-all faults distributed browser-test slurm engines mutants check docs format ui \
-	clean
+.PHONY: fuzz demo test test-all faults distributed browser-test services-test slurm engines mutants \
+	check docs format ui clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,13 @@ browser-test: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[browser]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m browser
 
+# MLflow on PostgreSQL with artifacts on S3, on loopback; root on Debian installs what is missing.
+services-test: $(INSTALLED)
+	test -n "$$(ls /usr/lib/postgresql/*/bin/initdb 2>/dev/null)" || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql; }
+	$(BIN)/python -m pip install -q psycopg2-binary
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m services
+
 slurm: $(INSTALLED)  # a preempted run on a real Slurm, which it installs; root, Debian
 	$(BIN)/python tests/slurm/prove.py
 
@@ -71,7 +78,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-ui: $(INSTALLED)
+ui: $(INSTALLED)  # an experiment's description links to the view with its core figures
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlruns/mlflow.db
 
 clean:

@@ -24,10 +24,14 @@ def start(
     attempt: int = 1,
     uri: str | None = None,
     mlflow: bool = True,
+    params: dict[str, Any] | None = None,
+    changed: list[str] | None = None,
     **tags: str,
 ) -> None:
+    """Write a run's first line; without `changed`, as an older release did."""
     journal.write(
         "run_start",
+        **({} if changed is None else {"changed": changed}),
         run_id=run_id,
         started_ns=0,
         attempt=attempt,
@@ -37,7 +41,8 @@ def start(
         tracking_uri=uri,
         tags=tags,
         environment={"device": "NVIDIA H200", "mlflow.source.git.commit": None},
-        params={
+        params=params
+        or {
             "training.steps": 4,
             "hub.api_key": "hunter2",
             "student.config.odd_key*": 1,
@@ -108,18 +113,22 @@ def write_run(
     return folder
 
 
-def store(root: Path) -> tuple[MlflowClient, dict[str, Any]]:
-    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+def store(root: Path, uri: str | None = None) -> tuple[MlflowClient, dict[str, Any]]:
+    client = MlflowClient(tracking_uri=uri or f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("distill")
     assert experiment is not None
-    return client, {
-        run.info.run_name: run for run in client.search_runs([experiment.experiment_id])
-    }
+    return client, {own_name(run): run for run in client.search_runs([experiment.experiment_id])}
 
 
-def everything(root: Path) -> dict[str, Any]:
+def own_name(run: Any) -> str:
+    """Return by what a run is found again: of a child, what tells it from its siblings."""
+    parent, is_child, child = run.data.tags["pipeline.run"].partition("/")
+    return child if is_child else parent
+
+
+def everything(root: Path, uri: str | None = None) -> dict[str, Any]:
     """Return all that a store holds of the runs, ids of other runs left out."""
-    client, runs = store(root)
+    client, runs = store(root, uri)
     return {
         name: (
             run.info.status,

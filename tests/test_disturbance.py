@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fake_nvml import NO_DRIVER, FakeNvml, Gpu
 from here import here, result_in
+from make_journal import own_name
 from quiet import Quiet
 from reports import whole_report
 
@@ -240,8 +241,7 @@ def _in_mlflow(root: Path, run_id: str) -> None:
     experiment = client.get_experiment_by_name("distill")
     assert experiment is not None
     runs = {
-        run.info.run_name: run.data.metrics
-        for run in client.search_runs([experiment.experiment_id])
+        own_name(run): run.data.metrics for run in client.search_runs([experiment.experiment_id])
     }
     assert runs["student"]["compute/work_foreign_load"] == pytest.approx(0.48)
     assert runs[run_id]["compute/run_compare_foreign_load"] == pytest.approx(0.48)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
+from make_journal import own_name
 from mlflow import MlflowClient
 
 from pipeline.cli.commands.meter import HELP, main
@@ -159,7 +160,7 @@ def test_a_plain_torch_script_reaches_mlflow_with_its_phases(root: Path) -> None
     client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("meter")
     assert experiment is not None
-    runs = {each.info.run_name: each for each in client.search_runs([experiment.experiment_id])}
+    runs = {own_name(each): each for each in client.search_runs([experiment.experiment_id])}
     assert {name: each.info.status for name, each in runs.items()} == {
         folder.name: "FINISHED",
         "probe": "FINISHED",

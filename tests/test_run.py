@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forked import run, start
 from here import here, result_in
 from make_assess_models import saved, tiny
+from make_journal import own_name
 from reports import whole_report
 
+from pipeline.ledger.metrics import BY_KEY
 from pipeline.tasks.table import Task
 
 TINY = [
@@ -103,13 +106,34 @@ def test_the_control_gets_the_students_flops_and_not_more(distilled) -> None:
     assert result["rows"][1]["ledger"]["counts"]["distillation_share"]["value"] > 0
 
 
+def _has_the_figures_of(metrics: dict[str, float], row: dict[str, Any]) -> None:
+    """Compare what MLflow shows of a stage attempt with its row of result.json, both ways."""
+    hours = row["ledger"]["device_hours"]
+    told = {
+        "compute/device_hours": hours["attached"],
+        "compute/wall_s": row["ledger"]["wall_s"],
+        **{f"compute/{name}_device_hours": hours[name] for name in ("work", "assess", "retry")},
+        **{
+            f"{group}/{key}": row[group][key]
+            for group in ("quality", "serving")
+            for key in row[group]
+        },
+    }
+    for key, figure in told.items():
+        if isinstance(figure, dict) and "value" in figure and key in BY_KEY:
+            assert metrics.get(key) == figure["value"], key
+    assert metrics["compute/device_seconds"] == hours["attached"]["value"] * 3600
+    shown = {key for key in metrics if key.startswith(("quality/", "serving/"))}
+    assert shown <= {*told, "quality/primary"}
+
+
 def test_mlflow_has_parent_and_children_with_true_figures(distilled) -> None:
     from mlflow import MlflowClient
 
     cwd, result, _ = distilled
     client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlruns/mlflow.db'}")
     experiment = client.get_experiment_by_name("distill")
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    runs = {own_name(run): run for run in client.search_runs([experiment.experiment_id])}
     parent = runs.pop(result["run_id"])
     assert set(runs) == {"teacher", "student", "control_steps", "control_compute"}
     assert {run.info.status for run in [parent, *runs.values()]} == {"FINISHED"}
@@ -120,6 +144,13 @@ def test_mlflow_has_parent_and_children_with_true_figures(distilled) -> None:
             each.data.metrics["compute/device_hours"]
             == student["ledger"]["device_hours"]["attached"]["value"]
         )
+    assert parent.info.run_name == f"distill/student {result['run_id'][-4:]}"
+    assert runs["student"].info.run_name == "distill/student s0"
+    for row in result["rows"]:
+        _has_the_figures_of(runs[row["arm"]].data.metrics, row)
+    total = result["run"]["device_hours"]["total"]["value"]
+    assert parent.data.metrics["compute/run_device_hours"] == total
+    assert parent.data.metrics["compute/run_device_seconds"] == total * 3600
     assert runs["student"].data.tags["null.compute/gpu_hours"] == "a CPU run uses no GPU"
     assert len(client.get_metric_history(runs["student"].info.run_id, "train/loss")) == 4
     assert {item.dataset.digest for item in parent.inputs.dataset_inputs} == {

@@ -107,6 +107,14 @@ CATALOGUE: tuple[Metric, ...] = (
         True,
     ),
     Metric(
+        "compute/device_seconds",
+        "device-s",
+        "row",
+        -1,
+        "compute/device_hours in seconds: what short stages are read by",
+        True,
+    ),
+    Metric(
         "compute/wall_s",
         "s",
         "row",
@@ -419,6 +427,28 @@ CATALOGUE: tuple[Metric, ...] = (
         "resident memory of the process at most, from the stage's beginning on",
     ),
     Metric(
+        "compute/run_device_seconds",
+        "device-s",
+        "run",
+        -1,
+        "compute/run_device_hours in seconds: what short runs are read by",
+        True,
+    ),
+    Metric(
+        "compute/device_seconds_sd",
+        "device-s",
+        "run",
+        0,
+        "standard deviation of compute/device_seconds over the seeds of the primary arm",
+    ),
+    Metric(
+        "compute/arm_device_seconds",
+        "device-s",
+        "run",
+        -1,
+        "mean over its seeds, by arm: compute/arms/<arm>; with _sd, their spread",
+    ),
+    Metric(
         "compute/run_device_hours",
         "device-h",
         "run",
@@ -502,6 +532,20 @@ CATALOGUE: tuple[Metric, ...] = (
         "on the test split: the quality that decides in the task, or where it is null what stands"
         " in for it",
         True,
+    ),
+    Metric(
+        "quality/primary_sd",
+        "see quality_key",
+        "run",
+        0,
+        "standard deviation of quality/primary over the seeds of the primary arm",
+    ),
+    Metric(
+        "quality/arm_primary",
+        "see quality_key",
+        "run",
+        0,
+        "mean over its seeds, by arm: quality/arms/<arm>; with _sd, their spread",
     ),
     *(
         Metric(f"quality/{key}", each.unit, "row", each.direction, each.meaning)
@@ -787,7 +831,9 @@ BY_KEY = {metric.key: metric for metric in CATALOGUE}
 QUALITY_KEYS = tuple(
     metric.name
     for metric in CATALOGUE
-    if metric.section == "quality" and metric.name not in ("primary", "task")
+    if metric.section == "quality"
+    and metric.scope == "row"
+    and metric.name not in ("primary", "task")
 )
 TASK = "task/"
 """What quality keys of lm-eval tasks begin with: `task/<task>/<metric>`. The catalogue has one row
@@ -895,6 +941,7 @@ def row_summary(row: Row) -> Figures:
     traced: Mapping[str, Any] = record.get("gpu_timeline", {})
     found: Figures = {
         "compute/device_hours": hours["attached"],
+        "compute/device_seconds": in_seconds(hours["attached"]),
         "compute/wall_s": record["wall_s"],
         **{f"compute/{part}_device_hours": hours[part] for part in HOURS if part != "attached"},
         **{
@@ -922,6 +969,12 @@ def row_summary(row: Row) -> Figures:
     }
     key = primary_key([row["quality"]])
     return found if key is None else {**found, "quality/primary": row["quality"][key]}
+
+
+def in_seconds(hours: Figure) -> Figure:
+    """Return hours as seconds, with the provenance that they had."""
+    value = hours["value"]
+    return {**hours, "value": None if value is None else value * 3600}
 
 
 def _known(section: str, group: Mapping[str, Any]) -> Figures:

@@ -324,6 +324,7 @@ DELIVERED = Spec(
             "arms": {"type": "object", "additionalProperties": {"type": "object"}},
             "spans": _list_of(_list_of({"type": "integer"}, least=3, most=3)),
             "noted": {"type": ["number", "null"]},
+            "experiment": _TEXT_OR_NULL,
         },
         offset=_NS,
         last={"oneOf": [{"type": "null"}, _MOMENT]},

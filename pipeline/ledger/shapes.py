@@ -1681,6 +1681,7 @@ class FirstLine(Started):
     tracking_uri: str | None
     question: str
     datasets: list[Dataset]
+    changed: NotRequired[list[str]]  # names of `params` that are not their defaults
 
 
 class LastLine(Ended):
@@ -1729,6 +1730,7 @@ class ArmAttempt(TypedDict):
     seed: int
     finished: bool
     core: dict[str, float | None]
+    model: NotRequired[str | None]  # MLflow's id of it
 
 
 class Delivered(TypedDict):
@@ -1743,6 +1745,7 @@ class Delivered(TypedDict):
     arms: NotRequired[dict[str, dict[str, ArmAttempt]]]
     spans: NotRequired[list[list[int]]]
     noted: NotRequired[float | None]
+    experiment: NotRequired[str | None]
 
 
 class DeliveryState(TypedDict):
@@ -1757,6 +1760,7 @@ class DeliveryState(TypedDict):
     arms: dict[str, dict[str, ArmAttempt]]
     spans: list[list[int]]
     noted: float | None
+    experiment: str | None
 
 
 class StoredRun(TypedDict):

@@ -54,7 +54,7 @@ from pipeline.runs.receipts.signature import load_key, sign
 from pipeline.runs.rows import hours_in
 from pipeline.runs.running import Running
 from pipeline.store.artifacts import MODEL, free_room, write_bytes, write_json
-from pipeline.tracking.deliver import ui_command
+from pipeline.tracking.deliver import ui_command, view_address
 from pipeline.tracking.writer import GATE_S, let_go, undelivered
 
 
@@ -141,7 +141,11 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
     def deliver() -> str:
         problem = undelivered(writer, running.session.folder, wait_s=wait_s)
         waited = time.monotonic() - reported
-        return problem or f"{shown}   (delivered {waited:.1f} s after the report; in no figure)"
+        if problem:
+            return problem
+        address = view_address(running.session.folder, running.session.run.tracking.uri)
+        there = "" if address is None else f"\n  core figures: {address}"
+        return f"{shown}   (delivered {waited:.1f} s after the report; in no figure){there}"
 
     return deliver
 

@@ -48,6 +48,7 @@ from pipeline.report.forecast import forecast_line
 from pipeline.report.tables import WIDTH
 from pipeline.report.text import wrap
 from pipeline.runs.book import Book
+from pipeline.runs.changed import changed
 from pipeline.runs.environment import commit
 from pipeline.runs.fitting import planned_ranks, shared_by_need
 from pipeline.runs.jobs import jobs_of
@@ -416,6 +417,7 @@ def _journal_start(session: Session) -> None:
         experiment=run.tracking.experiment or run.recipe,
         tracking_uri=declared_uri(run.tracking.uri),
         params=flat(settings),
+        changed=changed(run),
         tags={k: v for k, v in settings["tracking"].items() if k in OWNER and v} | nested_in(),
         environment=environment,
         datasets=[

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from pipeline.config.arms import file_name, is_fallback, stage_name
@@ -33,7 +34,7 @@ from pipeline.ledger.charge_sources import (
 )
 from pipeline.ledger.charges import OWNER
 from pipeline.ledger.journal import read_first, read_new
-from pipeline.ledger.metrics import BY_KEY, row_summary
+from pipeline.ledger.metrics import BY_KEY, in_seconds, primary_key, row_summary
 from pipeline.ledger.records import DELIVERED, read_record, tell
 from pipeline.ledger.shapes import (
     ArmAttempt,
@@ -68,11 +69,22 @@ from pipeline.report.waste import advice
 from pipeline.store.artifacts import MODEL, write_json
 from pipeline.store.locks import lock_at
 from pipeline.store.waiting import locked, waiting_for
+from pipeline.tracking.views import link, set_up
 
 MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's own limits
 # characters; MLflow's limits
 MAX_PARAM, MAX_TAG, MAX_DESCRIPTION, MAX_DIGEST, MAX_NAME = 6000, 5000, 8000, 36, 250
 STATE = "mlflow.json"  # in a run's folder: how far it was delivered
+KEPT = ("task", "model.name", "quality.margin", "seed")
+"""Parameters of a parent that are read back, or looked for, even where they are the defaults."""
+POLICY, CANDIDATE = "policy.", "candidate"  # a gate's parent has all of its policy, no other any
+TOLD_ELSEWHERE = ("recipe", "question", "compare", "primary_arm", "tracking.")
+"""Settings that a tag or the report has, or that change no figure."""
+UNTOLD = (*TOLD_ELSEWHERE, "stages.", POLICY)
+"""Settings that the tag `changed` leaves out: also those that are the recipe's own."""
+FIRST = ("quality/primary", "compute/device_seconds", "compute/device_hours")
+MAX_CHANGED = 500  # characters of that tag
+LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` serves
 SO_FAR_S = 60.0  # between two notes of what a run took that has not ended
 
 
@@ -99,6 +111,18 @@ def ui_command(root: Path, declared: str | None = None) -> str:
     """Return the command that opens the MLflow UI on this store."""
     uri = without_login(store_uri(root, declared))
     return f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+
+
+def view_address(run_dir: Path, declared: str | None = None) -> str | None:
+    """Return where the UI shows a delivered run's experiment with its core figures; None where that
+    is not known.
+    """
+    known = read_record(run_dir / STATE, DELIVERED, so="its place in MLflow is not known")
+    experiment = None if known is None else known.get("experiment")
+    if experiment is None:
+        return None
+    uri = without_login(store_uri(run_dir.parent.parent, declared))
+    return link(uri.rstrip("/") if uri.startswith("http") else LOCAL, experiment)
 
 
 def deliver(run_dir: Path, *, look_again: bool = False) -> int:
@@ -151,6 +175,7 @@ def deliver(run_dir: Path, *, look_again: bool = False) -> int:
                 state = _state()
                 events, offset = read_new(journal, 0)
         stack.enter_context(waiting_for(f"MLflow at {without_login(uri)} to take {run_dir.name}"))
+        state["experiment"] = experiment
         delivery = _Delivery(client, experiment, run_dir, start, state)
         delivery.events(events)
         if dead:
@@ -183,6 +208,7 @@ def _state(known: Delivered | None = None) -> DeliveryState:
         "spans": known.get("spans", []),
         "ended": known.get("ended", False),
         "noted": known.get("noted"),
+        "experiment": known.get("experiment"),
     }
 
 
@@ -202,13 +228,15 @@ def _open(root: Path, uri: str, start: FirstLine) -> tuple[Any, str]:
 
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     if os.environ.get("MLFLOW_EXPERIMENT_ID"):
-        return client, os.environ["MLFLOW_EXPERIMENT_ID"]
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or start["experiment"]
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return client, found.experiment_id
-    where = (root / "artifacts").resolve().as_uri() if uri.startswith("sqlite") else None
-    return client, client.create_experiment(name, artifact_location=where)
+        found = client.get_experiment(os.environ["MLFLOW_EXPERIMENT_ID"])
+    else:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or start["experiment"]
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            where = (root / "artifacts").resolve().as_uri() if uri.startswith("sqlite") else None
+            found = client.get_experiment(client.create_experiment(name, artifact_location=where))
+    set_up(client, found)
+    return client, found.experiment_id
 
 
 def _lifecycle(client: Any, run: str) -> str | None:
@@ -236,7 +264,9 @@ class _Delivery:
 
     def __post_init__(self) -> None:
         name = self.start["run_id"]
-        self.parent = self.state["parent"] or self._run(name, {RUN_TAG: name}, self.start["t"])
+        self.parent = self.state["parent"] or self._run(
+            _parent_name(self.start), {RUN_TAG: name}, self.start["t"]
+        )
         self.state["parent"] = self.parent
 
     def events(self, events: list[Event]) -> None:
@@ -323,9 +353,12 @@ class _Delivery:
             tags = {
                 RUN_TAG: f"{self.start['run_id']}/{name}",
                 "mlflow.parentRunId": self.parent,
+                "run": self.start["run_id"].rpartition("-")[2],
+                "arm": attempt["arm"],
                 **_owner(self.start),
             }
-            self.state["children"][name] = self._run(name, tags, at)
+            shown = _shown_name(self.start["recipe"], attempt, elsewhere)
+            self.state["children"][name] = self._run(shown, tags, at)
         return self.state["children"][name]
 
     # -- events -----------------------------------------------------------------------------------
@@ -333,8 +366,8 @@ class _Delivery:
     def _run_start(self, event: FirstLine) -> None:
         self.client.update_run(self.parent, status="RUNNING")
         if event["attempt"] == 1:  # parameters cannot change, and the next attempt's are the same
-            self._settings(self.parent, event["params"])
-            self._datasets(event["datasets"])
+            self._settings(self.parent, _parent_params(event))
+            self._datasets(self.parent, event["datasets"])
         self._tags(
             self.parent,
             {
@@ -342,6 +375,7 @@ class _Delivery:
                 **event["tags"],
                 **_owner(event),
                 "question": event["question"],
+                "changed": _changed(event),
             },
         )
 
@@ -362,20 +396,28 @@ class _Delivery:
         row = event["row"]
         elsewhere = row["reused"] if row["artifact"] is None else None
         child, figures = self._child(row, event["t"], elsewhere), row_summary(row)
-        self._values(child, figures, event["t"])
+        artifact = row["artifact"]
+        model = None
+        if artifact is not None and artifact["kind"] == MODEL:
+            model = self._model(child, row, artifact)
+        read_on = self._read_on() if row["quality"] else None
+        if read_on is not None:
+            self._datasets(child, [read_on])
+        self._values(child, figures, event["t"], None if row["reused"] else model)
         tags = {name: row[name] for name in ("type", "status", "why", "reused")}
         tags |= {"device": stage_device(row), "cost.currency": row["ledger"]["cost"]["currency"]}
         tags |= {} if row["reused"] else stage_owner(row)
         if row["reused"]:
             tags["reused.mlflow_run"] = self._find(f"{row['reused']}/{_child_name(row)}")
         tags |= {"waste": "; ".join(advice(row)), **_doubts(row["ledger"])}
-        artifact = row["artifact"]
+        key = primary_key([row["quality"]])
+        if key is not None:
+            tags["quality_key"] = key
+            self._tags(self.parent, {"quality_key": key})
         if artifact is not None:
             kind = artifact["kind"]
             tags |= {f"{kind}.path": artifact["path"], f"{kind}.digest": artifact["digest"]}
         self._tags(child, tags)
-        if artifact is not None and artifact["kind"] == MODEL:
-            self._model(child, row, artifact)
         status = "FINISHED" if row["status"] == "SKIPPED" else row["status"]
         self.client.set_terminated(child, status=status, end_time=int(event["t"] * 1000))
         core = {
@@ -388,6 +430,7 @@ class _Delivery:
             "seed": row["seed"],
             "finished": finished,
             "core": core,
+            "model": model,
         }
 
     def _serving(self, event: ServingLine) -> None:
@@ -397,9 +440,16 @@ class _Delivery:
                 for name, value in row["serving"].items()
                 if f"serving/{name}" in BY_KEY
             }
-            self._values(self._child(row, event["t"]), values, event["t"])
+            attempts = self.state["arms"].get(stage_name(row["arm"]), {})
+            model = (
+                attempts[_child_name(row)].get("model") if _child_name(row) in attempts else None
+            )
+            self._values(self._child(row, event["t"]), values, event["t"], model)
 
     def _comparisons(self, event: ComparisonsLine) -> None:
+        self._of_arms(
+            self.start["params"].get("primary_arm"), event["t"]
+        )  # the UI's list begins so
         self._values(self.parent, dict(_savings(event["comparisons"])), event["t"])
         judged = [
             (pair["arm"], speedup)
@@ -447,14 +497,13 @@ class _Delivery:
         hours = event["run"]["device_hours"]
         values = {
             "compute/run_device_hours": hours["total"],
+            "compute/run_device_seconds": in_seconds(hours["total"]),
             "compute/run_spent_device_hours": event["run"]["spent"],
             "compute/run_reused_device_hours": event["run"]["reused"],
             **_outside(event["run"]),
         }
-        core = _core(list(self.state["arms"].get(event["primary_arm"] or "", {}).values()))
-        self._values(
-            self.parent, {**values, **{key: derived(v) for key, v in core.items()}}, event["t"]
-        )
+        self._of_arms(event["primary_arm"], event["t"])
+        self._values(self.parent, values, event["t"])
         description = event["description"][:MAX_DESCRIPTION]
         self._tags(self.parent, {"why": event["why"], "primary_arm": event["primary_arm"]})
         # of an earlier attempt
@@ -471,6 +520,16 @@ class _Delivery:
             self.parent, status=event["status"], end_time=int(event["t"] * 1000)
         )
         self.end_open_runs("FAILED" if event["status"] == "FAILED" else "KILLED", event["t"])
+
+    def _of_arms(self, primary_arm: str | None, at: float) -> None:
+        """Give the parent the core figures and the models of its primary arm, and what each arm is
+        read by.
+        """
+        primary = list(self.state["arms"].get(primary_arm or "", {}).values())
+        core = {**_core(primary), **_spread(primary), **_by_arm(self.state["arms"])}
+        self._values(self.parent, {key: derived(value) for key, value in core.items()}, at)
+        made = {each.get("model") for each in primary if each["finished"]}
+        self._link(self.parent, {model for model in made if model is not None})
 
     # -- what runs hold ---------------------------------------------------------------------------
 
@@ -497,11 +556,21 @@ class _Delivery:
             self.client.log_batch(run, params=params[first : first + MAX_PARAMS])
 
     def _tags(self, run: str, tags: dict[str, Any]) -> None:
-        for key, value in tags.items():
-            if value:
-                self.client.set_tag(run, _name(key), redact_value(key, str(value))[:MAX_TAG])
+        from mlflow.entities import RunTag
 
-    def _datasets(self, datasets: list[Dataset]) -> None:
+        said = [
+            RunTag(_name(key), redact_value(key, str(value))[:MAX_TAG])
+            for key, value in tags.items()
+            if value
+        ]
+        for first in range(0, len(said), MAX_TAGS):
+            self.client.log_batch(run, tags=said[first : first + MAX_TAGS])
+
+    def _read_on(self) -> Dataset | None:
+        """Return the split that quality is read on."""
+        return next((each for each in self.start["datasets"] if each["split"] == "test"), None)
+
+    def _datasets(self, run: str, datasets: list[Dataset]) -> None:
         import json
 
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -509,7 +578,7 @@ class _Delivery:
         inputs = [
             DatasetInput(
                 Dataset(
-                    item["name"][:MAX_NAME],
+                    _dataset_name(item),
                     item["digest"][:MAX_DIGEST],
                     "local",
                     json.dumps({"uri": item["name"]}),
@@ -519,15 +588,14 @@ class _Delivery:
             )
             for item in datasets
         ]
-        self.client.log_inputs(self.parent, datasets=inputs)
+        self.client.log_inputs(run, datasets=inputs)
 
-    def _model(self, run: str, row: Row, artifact: ArtifactRecord) -> None:
+    def _model(self, run: str, row: Row, artifact: ArtifactRecord) -> str | None:
         """Show the artifact among MLflow's models, as an output of its run; the files stay where
-        they are.
+        they are. Return its id there, or None.
 
         A reused artifact is the model of the run that made it, and not shown twice.
         """
-        from mlflow.entities import LoggedModelOutput
         from mlflow.exceptions import MlflowException
 
         path, digest = artifact["path"], artifact["digest"]
@@ -544,31 +612,59 @@ class _Delivery:
                     name=name,
                     source_run_id=run,
                     model_type=row["type"],
-                    tags={"mlflow.model.isExternal": "true", "path": path, "digest": digest},
+                    tags={
+                        "mlflow.model.isExternal": "true",
+                        "path": path,
+                        "digest": digest,
+                        "arm": row["arm"],
+                        "seed": str(row["seed"]),
+                        "recipe": self.start["recipe"],
+                    },
                 )
             self.client.finalize_logged_model(model.model_id, "READY")
-            outputs = self.client.get_run(run).outputs
-            if model.model_id not in {
-                output.model_id for output in (outputs.model_outputs if outputs else [])
-            }:
-                self.client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
+            self._link(run, {model.model_id})
+            return model.model_id
         except (MlflowException, NotImplementedError) as error:
-            if not _is_unknown(error):
+            if not is_unknown(error):
                 raise
             self.client.set_tag(run, "model.linked", "no: this MLflow server has no logged models")
+            return None
 
-    def _values(self, run: str, values: Mapping[str, Figure], at: float) -> None:
+    def _link(self, run: str, models: set[str]) -> None:
+        """Make models outputs of a run, those that are not."""
+        from mlflow.entities import LoggedModelOutput
+
+        if not models:
+            return
+        outputs = self.client.get_run(run).outputs
+        had = {output.model_id for output in (outputs.model_outputs if outputs else [])}
+        new = [LoggedModelOutput(model, 0) for model in sorted(models - had)]
+        if new:
+            self.client.log_outputs(run, new)
+
+    def _values(
+        self, run: str, values: Mapping[str, Figure], at: float, model: str | None = None
+    ) -> None:
         """Log summary figures: once, without a step; a figure that is null is absent, and its tag
         says why.
+
+        Args:
+            model: MLflow's id of the model that they are of, too, read on the test split.
         """
         from mlflow.entities import Metric, RunTag
 
         had = self.client.get_run(run).data
+        read_on = self._read_on()
+        of_model: dict[str, Any] = {} if model is None else {"model_id": model, "run_id": run}
+        if model is not None and read_on is not None:
+            of_model["dataset_name"] = _dataset_name(read_on)
+            of_model["dataset_digest"] = read_on["digest"][:MAX_DIGEST]
         metrics = [
-            Metric(key, value["value"], int(at * 1000), 0)
+            Metric(key, value["value"], int(at * 1000), 0, **(of_model if _of_model(key) else {}))
             for key, value in values.items()
             if value["value"] is not None and had.metrics.get(key) != value["value"]
         ]
+        metrics.sort(key=lambda metric: _place(metric.key))
         nulls = {
             f"null.{key}": value["why_missing"]
             for key, value in values.items()
@@ -596,6 +692,66 @@ def _child_name(attempt: OfAttempt, elsewhere: str | None = None) -> str:
         else attempt["arm"]
     )
     return name if elsewhere is None else f"{name} of {elsewhere}"
+
+
+def _parent_name(start: FirstLine) -> str:
+    """Return what the UI calls a run: its recipe, the arm that it is about, and the end of its id.
+
+    Names are for readers; a run is found by its tag.
+    """
+    arm = start["params"].get("primary_arm")
+    about = f"{start['recipe']}/{arm}" if arm else start["recipe"]
+    return f"{about} {start['run_id'].rpartition('-')[2]}"[:MAX_NAME]
+
+
+def _shown_name(recipe: str, attempt: OfAttempt, elsewhere: str | None) -> str:
+    """Return what the UI calls a stage attempt: recipe, arm and seed, and what else tells it from
+    the arm's others.
+    """
+    number = f" attempt {attempt['attempt']}" if attempt["attempt"] > 1 else ""
+    of = "" if elsewhere is None else f" of {elsewhere.rpartition('-')[2]}"
+    return f"{recipe}/{attempt['arm']} s{attempt['seed']}{number}{of}"[:MAX_NAME]
+
+
+def _parent_params(start: FirstLine) -> dict[str, Any]:
+    """Return the settings that a parent shows: those that differ from their defaults, and those
+    that are read back. All of them are in config.json; a journal of an older release does not tell.
+    """
+    params = start["params"]
+    if "changed" not in start:
+        return params
+    is_gate = params.get(CANDIDATE) is not None
+    kept = {*start["changed"], *KEPT}
+    return {
+        key: value
+        for key, value in params.items()
+        if (is_gate if key.startswith(POLICY) else key in kept)
+        and not key.startswith(TOLD_ELSEWHERE)
+    }
+
+
+def _changed(start: FirstLine) -> str:
+    """Return what was asked for beside the recipe's own, in one line."""
+    names = (name for name in start.get("changed", ()) if not name.startswith(UNTOLD))
+    said = ", ".join(
+        f"{name}={redact_value(name, str(start['params'].get(name)))}" for name in names
+    )
+    return said[:MAX_CHANGED]
+
+
+def _dataset_name(item: Dataset) -> str:
+    """Return a split's name: MLflow takes splits of one name and digest for one data set."""
+    return f"{item['name'][: MAX_NAME - 20]} {item['split']}"
+
+
+def _place(key: str) -> int:
+    """Return where a figure stands among others: the UI lists them as they came."""
+    return FIRST.index(key) if key in FIRST else len(FIRST)
+
+
+def _of_model(key: str) -> bool:
+    """Tell whether a figure is one of the model, and not of the run that made it."""
+    return key.startswith(("quality/", "serving/")) or (key in BY_KEY and BY_KEY[key].core)
 
 
 def _doubts(record: LedgerRecord) -> dict[str, str]:
@@ -653,7 +809,7 @@ def _name(key: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_NAME]
 
 
-def _is_unknown(error: Exception) -> bool:
+def is_unknown(error: Exception) -> bool:
     """Tell whether a server from before logged models does not know what it was asked for."""
     return (
         isinstance(error, NotImplementedError)
@@ -690,6 +846,35 @@ def _core(attempts: list[ArmAttempt]) -> dict[str, float]:
         for key, column in columns.items()
         if len(have := [value for value in column if value is not None]) == len(column)
     }
+
+
+def _seeds(attempts: list[ArmAttempt], key: str) -> list[float]:
+    """Return a figure of an arm's finished attempts, seed by seed; hours are of all attempts."""
+    of_each = {each["seed"] for each in attempts if each["finished"]}
+    cores = (_core([each for each in attempts if each["seed"] == seed]) for seed in of_each)
+    return [core[key] for core in cores if key in core]
+
+
+def _spread(attempts: list[ArmAttempt]) -> dict[str, float]:
+    """Return the standard deviations over seeds of what an arm is read by; nothing of one seed."""
+    found = {key: _seeds(attempts, key) for key in ("quality/primary", "compute/device_seconds")}
+    return {f"{key}_sd": stdev(values) for key, values in found.items() if len(values) > 1}
+
+
+def _by_arm(arms: Mapping[str, Mapping[str, ArmAttempt]]) -> dict[str, float]:
+    """Return quality and device-seconds of each arm, and their spread over seeds: what the parent
+    says of the arms that are not its own.
+    """
+    found: dict[str, float] = {}
+    for arm, by_name in arms.items():
+        attempts = list(by_name.values())
+        core, spread = _core(attempts), _spread(attempts)
+        for section, key in (("quality", "quality/primary"), ("compute", "compute/device_seconds")):
+            if key in core:
+                found[f"{section}/arms/{_name(arm)}"] = core[key]
+            if f"{key}_sd" in spread:
+                found[f"{section}/arms/{_name(arm)}_sd"] = spread[f"{key}_sd"]
+    return found
 
 
 def _criteria(verdict: Verdict) -> Iterator[tuple[str, Figure]]:

@@ -20,6 +20,7 @@ where they differ by `LOST_S`.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tempfile
@@ -27,7 +28,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -40,7 +41,15 @@ from pipeline.ledger.shapes import Verdict
 from pipeline.ledger.values import from_schema_1
 from pipeline.store.artifacts import MODEL
 from pipeline.store.waiting import locked
-from pipeline.tracking.deliver import MAX_NAME, MAX_TAG, is_down, pages, quiet, store_errors
+from pipeline.tracking.deliver import (
+    MAX_NAME,
+    MAX_TAG,
+    is_down,
+    is_unknown,
+    pages,
+    quiet,
+    store_errors,
+)
 
 if TYPE_CHECKING:
     from pipeline.compare.history import Judged
@@ -50,6 +59,7 @@ Tags: TypeAlias = Mapping[str, str | float | None]
 CHAMPION = "champion"
 GATE, SELFTEST = "gate", "selftest"  # what tags and figures of verdicts and self-tests begin with
 DIGEST, URL, PATH = "artifact.digest", "artifact.url", "artifact.path"  # tags of a version
+VERSIONS = "mlflow.modelVersions"  # MLflow's tag of a logged model
 LOCK, HOLDER = ".promotion", "promotion.holder"
 # after which a lock counts as dead; a promotion takes some ten calls, 0.02 s each on SQLite
 LOCK_S = 120.0
@@ -97,12 +107,14 @@ class Candidate:
         url: As `remote.upload` returned it, or empty where there is no `store.url`.
         path: Of its folder.
         run_id: MLflow's, of the run that made it, where that is known.
+        model_id: MLflow's, of the logged model that it is.
     """
 
     digest: str
     url: str
     path: str
     run_id: str | None = None
+    model_id: str | None = None
 
 
 class NotPromoted(Exception):
@@ -561,6 +573,7 @@ def promote(
     assert re.fullmatch(r"[0-9a-f]{32}", candidate.digest)
     with _asking(uri):
         client = _open(uri)
+        candidate = _as_logged(client, candidate)  # before the lock, which is held for a few calls
         with _held(client, name, expected) as lock:
             _compare(_champion(client, name), expected, name)
             number = _register(client, name, candidate, tags)
@@ -568,7 +581,41 @@ def promote(
             lock.check()
             _move(client, name, number)
             found = client.get_model_version(name, number)
+        _name_on_model(client, candidate, name, number)
     return _version(found, key)
+
+
+def _as_logged(client: Any, candidate: Candidate) -> Candidate:
+    """Return a candidate with the logged model that it is and the run that made it, where this
+    store has them: the UI links a version to both.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if candidate.run_id is not None:
+        return candidate
+    experiments = [each.experiment_id for each in pages(client.search_experiments)]
+    try:
+        found = client.search_logged_models(
+            experiments, filter_string=f"tags.digest = '{candidate.digest}'", max_results=1
+        )
+    except (MlflowException, NotImplementedError) as error:
+        if not is_unknown(error):
+            raise
+        return candidate  # a server from before logged models
+    if not found:
+        return candidate
+    return replace(candidate, run_id=found[0].source_run_id, model_id=found[0].model_id)
+
+
+def _name_on_model(client: Any, candidate: Candidate, name: str, number: str) -> None:
+    """Have a logged model name the version that it became, as a server does by itself."""
+    if candidate.model_id is None:
+        return
+    had = client.get_logged_model(candidate.model_id).tags.get(VERSIONS)
+    known = json.loads(had) if had else []
+    own = {"name": name, "version": int(number)}
+    if not any(each["name"] == name and int(each["version"]) == int(number) for each in known):
+        client.set_logged_model_tags(candidate.model_id, {VERSIONS: json.dumps([*known, own])})
 
 
 def _compare(champion: str | None, expected: str | None, name: str) -> None:
@@ -605,8 +652,15 @@ def _register(client: Any, name: str, candidate: Candidate, tags: Tags) -> str:
     # A server refuses sources that are paths of its own machine, and nothing but the tags is read
     # here.
     source = f"artifact:///{candidate.digest}"
+    linked = {} if candidate.model_id is None else {"model_id": candidate.model_id}
     made = client.create_model_version(
-        name, source, candidate.run_id, tags=_tags(own), await_creation_for=0
+        name,
+        source,
+        candidate.run_id,
+        tags=_tags(own),
+        description=_tags({"line": tags.get(f"{GATE}.line")}).get("line"),
+        await_creation_for=0,
+        **linked,
     )
     return str(made.version)
 
