@@ -239,8 +239,10 @@ def test_ranks_with_other_settings_code_or_libraries_are_named(
     others.answers = [same, lambda own: {**own, what: "other"}, same]
     with pytest.raises(UserError) as error:
         _check_same(Run(), Others(Place(0, 4)))
+    which = " (settings)" if what == "settings" else ""  # which of them
     assert str(error.value) == (
-        f"RANK: rank 0 and rank 2 have different {what}; give every rank the same {SAME[what]}"
+        f"RANK: rank 0 and rank 2 have different {what}{which}; give every rank the same"
+        f" {SAME[what]}"
     )
     others.answers = [same, same, same]
     _check_same(Run(), Others(Place(0, 4)))

@@ -490,6 +490,6 @@ def test_a_run_quantizes_a_model_that_sees(tmp_path: Path) -> None:
         f"model.path={given}",
     )
     tiny_data = [each for each in TINY if not each.startswith(("model.shape", "data.vocab"))]
-    done = here(tmp_path, *RUN[:5], *more, *tiny_data, "stages.reference.steps=0")
+    done = here(tmp_path, *RUN[:6], *more, *tiny_data, "stages.reference.steps=0")
     assert done.returncode == 0, done.stderr
     assert {row["arm"]: row["status"] for row in result_in(tmp_path)["rows"]}["int8"] == "FINISHED"

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.cli.main import main
 from pipeline.config.settings.cost import CostConfig
-from pipeline.config.settings.precision import Precision
+from pipeline.config.settings.precision import Precision, PrecisionConfig
 from pipeline.config.settings.ranges import check_ranges
 from pipeline.config.settings.run import Run
 from pipeline.errors import UserError
@@ -167,7 +167,8 @@ def test_the_peak_is_that_of_the_stages_own_arithmetic(monkeypatch: pytest.Monke
             "a": TrainStage(),
             "b": TrainStage(precision=Precision.tf32),
             "c": TrainStage(like="b"),
-        }
+        },
+        precision=PrecisionConfig(name=Precision.bf16),
     )
     attempt: Any = SimpleNamespace(run=run, device=torch.device("cuda"))
     found = {name: rows._peak(attempt, stage, Output()) for name, stage in run.stages.items()}

@@ -553,7 +553,7 @@ compare:
         more = [*("stages.quantized.lora.steps=4", "stages.quantized.qat.steps=4")]
         more += [] if devices == 1 else ["parallel.mode=fsdp"]
         more += [f"model.shape.{name}" for name in ("hidden_size=64", "layers=2", "heads=1")]
-        settings = ["--recipe-dir", "own", "recipe=recovering", *SMALL[1:], *more]
+        settings = ["--recipe-dir", "own", "recipe=recovering", *SMALL[2:], *more]
         launcher = launched(root, devices=devices, settings=settings)
         code, output, errors = ended([launcher], timeout=400)[0]
         assert code == 0, output + errors

@@ -314,7 +314,7 @@ compare:
         root = tmp_path / str(size)
         (root / "own").mkdir(parents=True)
         (root / "own/smoothing.yaml").write_text(recipe)
-        settings = ["--recipe-dir", "own", "recipe=smoothing", *SMALL[1:]]
+        settings = ["--recipe-dir", "own", "recipe=smoothing", *SMALL[2:]]
         for code, output, errors in forked_ranks(root, *settings, code=TWO_HOSTS + RUN, size=size):
             assert code == 0, output + errors
         result = result_in(root)

@@ -368,8 +368,12 @@ def test_artifacts_are_hashed(
 ) -> None:
     store = Path(shutil.copytree(receipted.parents[1] / "store", copied.parent / "store"))
     assert main([str(copied), "--store", str(store)]) == 0
-    weights = sorted(store.glob("artifacts/*/model.safetensors"))[0]
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    digest = json.loads((copied / "result.json").read_text())["rows"][0]["artifact"]["digest"]
+    [weights] = [
+        each for each in store.glob("artifacts/*/model.safetensors") if digest in str(each)
+    ]
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     capsys.readouterr()
     assert main([str(copied), f"--store={store}"]) == 3
     assert "differs: the artifact of" in capsys.readouterr().out
