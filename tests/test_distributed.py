@@ -21,12 +21,12 @@ from pipeline.ledger.journal import read_events
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 SMALL = [
-    "tracking.charts=false",
     *("-m", "pipeline", "hardware.device=cpu", "hardware.num_threads=1", "precision=fp32"),
     *("model.shape.hidden_size=64", "model.shape.heads=1", "model.shape.intermediate_size=128"),
     *("model.shape.layers=2", "training.batch_size=4", "training.sequence_length=32"),
     *("data.max_documents=40", "quality.max_documents=20", "quality.bootstrap=200"),
-    *("tracking.mlflow=false", "serving.blocks=4", "serving.batches=[1]"),
+    *("tracking.charts=false", "tracking.mlflow=false"),
+    *("serving.blocks=4", "serving.batches=[1]"),
     *("serving.load.prompt=16", "serving.load.new=2", "serving.load.batch=1"),
 ]
 SECONDS = 40  # what ranks have to answer
