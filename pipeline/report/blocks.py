@@ -190,6 +190,11 @@ class Figure:
 Block: TypeAlias = Prose | Bullets | Table | Code | Terms | Figure
 
 
+def bullets(items: Sequence[str]) -> list[Block]:
+    """Return a list as blocks; nothing where it is empty."""
+    return [Bullets(items)] if items else []
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
     """A part of a report.

@@ -6,11 +6,12 @@ import io
 import textwrap
 
 from pipeline.errors import one_line
+from pipeline.ledger.numbers import how_many
 from pipeline.report.drawing import LIGHT, quietly
 from pipeline.report.headline import badge_of, number_of
 from pipeline.report.material import Material
 from pipeline.report.sections import answer_of
-from pipeline.report.text import markdown_text
+from pipeline.report.text import code_text, markdown_text
 from pipeline.report.view import device_words, seeds
 
 SIZE_PX = 1200, 630
@@ -32,11 +33,11 @@ def card_markdown(material: Material) -> str:
         "",
         f"> {markdown_text(answer_of(result)['verdict'], 1000)}",
         "",
-        f"Recipe `{_code(result['recipe'])}`, run `{_code(result['run_id'])}`,"
-        f" {len(found)} seed{'' if len(found) == 1 else 's'},"
+        f"Recipe `{code_text(result['recipe'])}`, run `{code_text(result['run_id'])}`,"
+        f" {how_many(len(found), 'seed')},"
         f" {markdown_text(device_words(result))}.",
         "",
-        f"Made by: `{_code(result['environment'].get('command') or 'not recorded', 200)}`",
+        f"Made by: `{code_text(result['environment'].get('command') or 'not recorded', 200)}`",
     ]
     return "\n".join(lines) + "\n"
 
@@ -66,7 +67,3 @@ def card_picture(material: Material) -> bytes | None:
         file = io.BytesIO()
         canvas.savefig(file, format="png", dpi=_DPI, facecolor="white")
     return file.getvalue()
-
-
-def _code(text: object, limit: int = 100) -> str:
-    return one_line(text, limit).replace("`", "'")

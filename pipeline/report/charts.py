@@ -43,6 +43,7 @@ from pipeline.report.view import (
     SERVING_KEY,
     Value,
     arm_rows,
+    chain,
     hours_word,
     is_finished,
     labels,
@@ -271,18 +272,11 @@ def _made_in(result: Result, arm: str, seed: int) -> float | None:
     """Return the hours of work of all stages that led to an arm, its fallbacks' included; what an
     existing model took before is in none of them.
     """
-    chain, waiting = set[str](), [arm]
-    while waiting:
-        name = waiting.pop()
-        if name not in chain:
-            chain.add(name)
-            waiting += (
-                each for row in result["rows"] if row["arm"] == name for each in row["depends_on"]
-            )
+    led = chain(result, arm)
     hours = [
         row["ledger"]["device_hours"]["work"]["value"]
         for row in result["rows"]
-        if row["seed"] == seed and stage_name(row["arm"]) in chain
+        if row["seed"] == seed and stage_name(row["arm"]) in led
     ]
     known = [each for each in hours if each is not None]
     return sum(known) if known else None
@@ -340,7 +334,7 @@ def hours(materials: Sequence[Material]) -> list[Block]:
         table=Table(("stage", "all", *(part.name.replace("_", " ") for part in parts)), body),
     )
     tries = [
-        f"{label_of(material, line)}"
+        label_of(material, line)
         for material in materials
         for line in waste.closing_lines(material.result)
     ]

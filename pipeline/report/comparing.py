@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.settings.tracking import LedgerConfig
 from pipeline.errors import UserError, one_line
 from pipeline.ledger.numbers import how_many, percent
 from pipeline.report import charts, details
-from pipeline.report.blocks import Block, Bullets, Prose, Section, Table
+from pipeline.report.blocks import Block, Bullets, Prose, Section, Table, bullets
 from pipeline.report.headline import badge_of
 from pipeline.report.material import Material
 from pipeline.report.page import Head
@@ -29,9 +30,8 @@ SCORED_BY = ("quality", "task")
 """Settings that decide how quality is read."""
 SERVED_BY = ("serving",)
 """Settings that decide how serving is read."""
-DISTURBED = 0.1
-"""Share of a window that others took, from which a caution says so: the default of
-`ledger.max_foreign_load`."""
+DISTURBED = LedgerConfig().max_foreign_load or 1.0
+"""Share of a window that others took, from which a caution says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ def _sections(
         ("curves", "While they trained", charts.curves(materials) if can.quality else []),
         ("payback", "When they pay back", charts.payback(materials)),
         ("over-time", "Memory and energy", charts.over_time(materials)),
-        ("missing", "Why a figure is missing", _bullets([f"{m} {w}" for m, w in notes.reasons()])),
+        ("missing", "Why a figure is missing", bullets([f"{m} {w}" for m, w in notes.reasons()])),
         ("meaning", "What the figures mean", details.definitions(shown)),
     ]
     for name, title, blocks in more:
@@ -227,7 +227,3 @@ def _each_apart(make: Any, materials: Sequence[Material], together: bool) -> lis
     if together:
         return make(materials)
     return [block for material in materials for block in make([material])]
-
-
-def _bullets(items: Sequence[str]) -> list[Block]:
-    return [Bullets(items)] if items else []

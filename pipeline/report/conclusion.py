@@ -47,6 +47,7 @@ from pipeline.report.verdict import release_conclusion
 from pipeline.report.view import (
     NOT_RECORDED,
     Value,
+    chain,
     device_words,
     finished_row,
     hours_of,
@@ -160,21 +161,12 @@ def _charged_too(result: Result, pair: Pair) -> list[str]:
     """Return the other stages whose work is charged to the arm and not to its base, as a teacher's
     is.
     """
-    chains = [_chain(result, pair[side]) for side in ("arm", "base")]
+    chains = [chain(result, pair[side]) for side in ("arm", "base")]
     return [
         arm_word(result, arm)
         for arm in chains[0]
         if arm not in chains[1] and stage_name(arm) != pair["arm"]
     ]
-
-
-def _chain(result: Result, arm: str) -> list[str]:
-    """Return the stages that led to an arm's artifact, each once, the arm last."""
-    row = finished_row(result, arm)
-    before = [
-        each for needed in (row["depends_on"] if row else []) for each in _chain(result, needed)
-    ]
-    return list(dict.fromkeys([*before, *([arm] if row else [])]))
 
 
 def _nulls(pair: Pair) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from pipeline.ledger.shapes import Conclusion, Result
 from pipeline.report.blocks import Block, Bullets, Code, Figure, Prose, Section, Table, Terms
 from pipeline.report.drawing import as_png
 from pipeline.report.page import Head
-from pipeline.report.text import bullet, conclusion_markdown, markdown_text
+from pipeline.report.text import bullet, code_text, conclusion_markdown, markdown_text
 from pipeline.report.view import device_words
 
 MOST_IN_MLFLOW = 8000
@@ -64,7 +64,7 @@ def opening(result: Result, title: str, said: Conclusion, line: str = "") -> str
             f"# {markdown_text(title)}: {result['status']}",
             f"**Question.** {markdown_text(result['question'])}",
             conclusion_markdown(said),
-            f"Run `{_code(result['run_id'])}`, {markdown_text(device_words(result))}.",
+            f"Run `{code_text(result['run_id'])}`, {markdown_text(device_words(result))}.",
         ]
     ).rstrip()
 
@@ -132,7 +132,3 @@ def _table(table: Table) -> list[str]:
 def whole(parts: Sequence[str]) -> str:
     """Return the parts of a report that there are, one after the other."""
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _code(text: object) -> str:
-    return one_line(text, 100).replace("`", "'")

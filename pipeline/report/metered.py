@@ -11,7 +11,7 @@ from pipeline.ledger.metrics import BY_KEY, row_summary
 from pipeline.ledger.numbers import count, duration, num_bytes, percent, significant
 from pipeline.ledger.shapes import Conclusion, DeviceHours, HoursPart, Result, Row
 from pipeline.report import waste
-from pipeline.report.blocks import Block, Bullets, Code, Section, Table, Terms
+from pipeline.report.blocks import Block, Code, Section, Table, Terms, bullets
 from pipeline.report.markdown import WHOLE, opening, sections_text, whole
 from pipeline.report.money import cost_of_run, joules, money
 from pipeline.report.page import Head, page
@@ -121,8 +121,8 @@ def sections(result: Result) -> list[Section]:
         Section("took", "What it took", _table(("figure", "value", "how it is known"), taken)),
         Section("hours", "Where the time went", _phases(row)),
         Section("waste", "Waste by cause", _table(waste.HEAD, waste.table_body(result))),
-        Section("notes", "Notes", _bullets(_notes(result))),
-        Section("missing", "Why a figure is missing", _bullets(_missing(figures))),
+        Section("notes", "Notes", bullets(_notes(result))),
+        Section("missing", "Why a figure is missing", bullets(_missing(figures))),
         Section("command", "Command", [Code(result["environment"]["command"])]),
         Section(
             "meaning",
@@ -212,7 +212,3 @@ def _missing(figures: Mapping[str, Value]) -> list[str]:
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[Block]:
     return [Table(head, body)] if body else []
-
-
-def _bullets(items: Sequence[str]) -> list[Block]:
-    return [Bullets(items)] if items else []

@@ -16,7 +16,7 @@ from pipeline.errors import one_line
 from pipeline.ledger.numbers import count, how_many, significant
 from pipeline.ledger.shapes import Quality, ReceiptData
 from pipeline.ledger.values import Value
-from pipeline.report.text import bullet, markdown_text
+from pipeline.report.text import bullet, code_text, markdown_text
 from pipeline.store.artifacts import CARD_MARK
 from pipeline.tasks.table import Task
 
@@ -165,8 +165,8 @@ def _metadata(facts: CardFacts) -> Any:
 
 
 def _opening(facts: CardFacts) -> str:
-    made = f"Arm `{_code(facts.arm)}` (seed {facts.seed}) of recipe `{_code(facts.recipe)}`"
-    return f"{made}, run `{_code(facts.run_id)}`, {markdown_text(facts.created)}."
+    made = f"Arm `{code_text(facts.arm)}` (seed {facts.seed}) of recipe `{code_text(facts.recipe)}`"
+    return f"{made}, run `{code_text(facts.run_id)}`, {markdown_text(facts.created)}."
 
 
 def _chain_table(facts: CardFacts) -> str:
@@ -245,7 +245,7 @@ def _check(facts: CardFacts) -> str:
             f"`{facts.receipt_sha256}`. Whoever has that folder makes each of them again:",
             "",
             "```",
-            f"python -m pipeline verify {_code(facts.run_id)}/receipt.json",
+            f"python -m pipeline verify {code_text(facts.run_id)}/receipt.json",
             "```",
             "",
             f"The files of this model, without this card and artifact.json, have the digest"
@@ -282,10 +282,6 @@ def _flops(value: float) -> str:
 
 def _interval(ends: Sequence[float] | None) -> str:
     return "none" if ends is None else f"{significant(ends[0], 4)} to {significant(ends[1], 4)}"
-
-
-def _code(text: object) -> str:
-    return one_line(text, 100).replace("`", "'")
 
 
 def seeds_said(seeds: Sequence[int]) -> str:

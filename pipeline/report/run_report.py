@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from pipeline.errors import one_line
-from pipeline.ledger.numbers import duration
+from pipeline.ledger.numbers import duration, how_many
 from pipeline.report.headline import badge_of
 from pipeline.report.markdown import (
     MOST_IN_MLFLOW,
@@ -84,7 +84,7 @@ def head_of(material: Material) -> Head:
         facts=[
             f"run {one_line(result['run_id'], 100)}",
             device_words(result),
-            f"{len(found)} seed{'' if len(found) == 1 else 's'}",
+            how_many(len(found), "seed"),
             *([] if total is None else [f"{duration(3600 * total)} of device time"]),
         ],
         footer=FOOTER,

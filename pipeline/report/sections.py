@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pipeline.ledger.shapes import Conclusion, Result
 from pipeline.report import charts, details
-from pipeline.report.blocks import Block, Bullets, Section
+from pipeline.report.blocks import Block, Section, bullets
 from pipeline.report.conclusion import conclude
 from pipeline.report.history import recent
 from pipeline.report.material import Material
@@ -38,7 +38,7 @@ def sections_of(material: Material) -> list[Section]:
         ("curves", "While it trained", charts.curves(one)),
         ("payback", "When it pays back", charts.payback(one)),
         ("over-time", "Memory and energy", charts.over_time(one)),
-        ("open", "What would change this answer", _bullets(charts.open_questions(result))),
+        ("open", "What would change this answer", bullets(charts.open_questions(result))),
         ("tasks", "lm-eval tasks", of(details.tasks)),
         ("drift", "What quantizing changed", of(details.drift)),
         ("recovery", "What recovery brought", of(details.recovery)),
@@ -50,7 +50,7 @@ def sections_of(material: Material) -> list[Section]:
     ]
     reasons = [f"{mark} {why}" for mark, why in notes.reasons()]
     last = [
-        ("missing", "Why a figure is missing", _bullets(reasons)),
+        ("missing", "Why a figure is missing", bullets(reasons)),
         ("environment", "Device and environment", details.environment(result)),
         ("meaning", "What the figures mean", details.definitions(shown)),
         ("command", "How to reproduce", details.reproduce(result)),
@@ -71,7 +71,3 @@ def title_of(result: Result) -> str:
 def answer_of(result: Result) -> Conclusion:
     """Return what a run answers, in the words of this release."""
     return result["conclusion"] if is_metered(result) else conclude(result)
-
-
-def _bullets(items: Sequence[str]) -> list[Block]:
-    return [Bullets(items)] if items else []

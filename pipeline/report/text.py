@@ -30,6 +30,11 @@ def markdown_text(text: object, limit: int = 1000) -> str:
     return _MARKDOWN.sub(lambda match: "\\" + match.group(), literal)
 
 
+def code_text(text: object, limit: int = 100) -> str:
+    """Return `text` so that it can stand between two backticks of Markdown."""
+    return one_line(text, limit).replace("`", "'")
+
+
 def bullet(text: object) -> str:
     """Return `text` as a Markdown list item that holds it literally."""
     literal = markdown_text(text, LONGEST)

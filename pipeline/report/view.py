@@ -125,6 +125,15 @@ def finished_row(result: Result, arm: str) -> Row | None:
     return rows[-1] if rows else None
 
 
+def chain(result: Result, arm: str) -> list[str]:
+    """Return the stages that led to an arm's artifact, each once, the arm last."""
+    row = finished_row(result, arm)
+    before = [
+        each for needed in (row["depends_on"] if row else []) for each in chain(result, needed)
+    ]
+    return list(dict.fromkeys([*before, *([arm] if row else [])]))
+
+
 def unfinished(result: Result) -> list[Row]:
     """Return the last row of every arm and seed that never got an artifact."""
     last = {(row["arm"], row["seed"]): row for row in result["rows"] if not is_finished(row)}

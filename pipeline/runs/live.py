@@ -7,13 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipeline.forecast.past import FILE
 from pipeline.ledger.attempted import attempted
 from pipeline.ledger.numbers import duration, percent, significant
 from pipeline.ledger.records import FORECAST, read_record
 from pipeline.ledger.shapes import ForecastRecord
 from pipeline.runs.running import Running
-
-FILE = "forecast.json"
 
 
 @dataclass(slots=True)
@@ -28,7 +27,9 @@ class Live:
     arm: str
     seed: int
     loss: float | None = None
-    _cpu: tuple[float, float] = field(default_factory=lambda: (time.monotonic(), _cpu_s()))
+    _cpu: tuple[float, float] = field(
+        default_factory=lambda: (time.monotonic(), time.process_time())
+    )
     _forecast: ForecastRecord | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class Live:
         if session.device.type != "cpu":
             share = session.sampler.busy()
             return None if share is None else f"{session.device.type} {percent(share)} busy"
-        now, used = time.monotonic(), _cpu_s()
+        now, used = time.monotonic(), time.process_time()
         before, self._cpu = self._cpu, (now, used)
         wall_s = (now - before[0]) * (os.cpu_count() or 1)
         return None if wall_s <= 0 else f"cpu {percent(min(1.0, (used - before[1]) / wall_s))} busy"
@@ -104,8 +105,3 @@ class Live:
                 return None
             left += part["expected_s"]["value"]
         return left
-
-
-def _cpu_s() -> float:
-    """Return the processor time of this process."""
-    return time.process_time()

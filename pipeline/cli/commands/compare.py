@@ -13,7 +13,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,8 +106,6 @@ def read_sides(settings: Settings) -> list[Side]:
     Raises:
         UserError: If one is none, cannot be read, or they share nothing.
     """
-    from dataclasses import replace
-
     from pipeline.report.comparing import check_sides
 
     found: dict[str, Side] = {}

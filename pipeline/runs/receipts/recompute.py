@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def made_again(kept: Kept) -> Again:
     yield from _tried("run", lambda: _hours(kept))
     yield from _tried("run/reused", lambda: _reused(kept))
     for row in kept.result["rows"]:
-        yield from _tried(f"{row_name(row)}/quality", lambda: _quality_of(kept, row, items))  # noqa: B023
-        yield from _tried(f"{row_name(row)}/ledger/cost", lambda: _money_of(kept, row))  # noqa: B023
+        yield from _tried(f"{row_name(row)}/quality", partial(_quality_of, kept, row, items))
+        yield from _tried(f"{row_name(row)}/ledger/cost", partial(_money_of, kept, row))
     yield from _spends(kept)
     for pair in kept.result["comparisons"]:
         again = _Pair(kept, pair, items).again
