@@ -76,6 +76,12 @@ def raising(error: Exception) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def _any_device_takes_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a CPU without units for bf16 not refuse it: what is made is looked at, not how fast."""
+    monkeypatch.setattr(sixteen_bits, "product_ratio", lambda *_: 1.0)
+
+
+@pytest.fixture
 def source(tmp_path: Path) -> Path:
     return saved(tiny(Task.causal_lm), tmp_path / "source")
 
@@ -191,6 +197,7 @@ def test_a_library_that_cannot_be_imported_is_refused(monkeypatch: pytest.Monkey
         ("IBertConfig", {"max_position_embeddings": 66}),
     ],
 )
+@pytest.mark.usefixtures("_any_device_takes_bf16")
 def test_configurations_and_embeddings_that_say_little_are_quantized(
     tmp_path: Path, config: str, more: dict[str, Any]
 ) -> None:
@@ -460,6 +467,7 @@ def seeing_folder(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_any_device_takes_bf16")
 @pytest.mark.parametrize("kind", ["idefics3", "vipllava", "llava_next"])
 def test_the_language_part_of_a_model_that_sees_is_quantized(tmp_path: Path, kind: str) -> None:
     given = seeing_folder(tmp_path / "source", kind)

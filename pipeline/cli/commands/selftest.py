@@ -131,7 +131,8 @@ def _training(given: dict[str, str]) -> tuple[str, ...]:
         (
             name
             for name in names
-            if name.startswith(("-", "tracking")) or name in ("seeds", "candidate")
+            if (name.startswith(("-", "tracking")) and name != "tracking.charts")
+            or name in ("seeds", "candidate")
         ),
         None,
     )
