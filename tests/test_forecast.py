@@ -32,6 +32,7 @@ from pipeline.forecast.rates import added, expected
 from pipeline.forecast.sizes import kept_bytes, size_of
 from pipeline.launch.needs import Needs, needs_of
 from pipeline.ledger.flops import count_flops
+from pipeline.ledger.journal import read_events
 from pipeline.ledger.records import FORECAST, read_record, sealed
 from pipeline.ledger.shapes import ForecastPart, ForecastRecord
 from pipeline.report.forecast import forecast_line, forecast_table, record_lines, score_line
@@ -483,6 +484,9 @@ def test_a_run_is_foreseen_scored_and_learnt_from(
     result = json.loads((folder / "result.json").read_text())
     assert kept is not None
     assert result["forecast"] == kept
+    last = read_events(folder / "journal.jsonl", checked=True)[-1]
+    assert last["e"] == "run_end"
+    assert last.get("forecast") == kept["totals"]["device_hours"]
     row = result["rows"][0]["ledger"]["device_hours"]
     actual = {part["what"]: part["actual_s"] for part in kept["parts"]}
     assert actual["work"] == pytest.approx(row["work"]["value"] * 3600)

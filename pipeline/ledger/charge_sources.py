@@ -250,6 +250,15 @@ def outside_waste(totals: RunTotals, part: Part) -> float:
     return sum(phases_ns.get(phase, 0) for phase in WASTED) / HOUR_NS
 
 
+def outside_causes(totals: RunTotals) -> dict[str, float]:
+    """Return device-hours that were wasted in overhead and comparison pass together, by cause."""
+    parts = [totals["phases_device_ns"][part] for part in PARTS]
+    return {
+        cause: sum(phases_ns.get(phase, 0) for phases_ns in parts) / HOUR_NS
+        for phase, cause in WASTED.items()
+    }
+
+
 def spans(events: Iterable[Event], before: Iterable[Sequence[int]] = ()) -> list[list[int]]:
     """Return the attempts of a run, each `[first ns, last ns, devices]` of its own clock.
 

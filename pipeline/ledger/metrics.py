@@ -501,6 +501,16 @@ CATALOGUE: tuple[Metric, ...] = (
         -1,
         "the part of compare that is waste",
     ),
+    *(
+        Metric(
+            f"compute/run_wasted_{cause}_device_hours",
+            "device-h",
+            "run",
+            -1,
+            f"the part of what was wasted outside of stages (overhead and compare) that is {cause}",
+        )
+        for cause in WASTED.values()
+    ),
     Metric(
         "compute/run_compare_foreign_load",
         "1",
@@ -522,6 +532,24 @@ CATALOGUE: tuple[Metric, ...] = (
         -1,
         "all runs under one model.name until the first artifact at cost.converged_at, failures"
         " included",
+    ),
+    # -- what was expected of a run ---------------------------------------------------------------
+    Metric(
+        "forecast/device_hours",
+        "device-h",
+        "run",
+        0,
+        "what the run was expected to take before its first attempt; parts of which nothing was"
+        " known left out",
+    ),
+    Metric("forecast/device_hours_low", "device-h", "run", 0, "lower end of its 90% interval"),
+    Metric("forecast/device_hours_high", "device-h", "run", 0, "upper end of its 90% interval"),
+    Metric(
+        "forecast/actual_device_hours",
+        "device-h",
+        "run",
+        0,
+        "what the same parts took; null where the run did not finish or took a part over",
     ),
     # -- how good ---------------------------------------------------------------------------------
     Metric(

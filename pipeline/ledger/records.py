@@ -20,7 +20,7 @@ from pipeline.ledger import shapes
 from pipeline.ledger.gpu_usage import FIGURES
 from pipeline.ledger.json_schema import Schema, why_not
 from pipeline.ledger.metrics import PHASES
-from pipeline.ledger.schema import FORECAST_SCHEMA, RANK_TIME, RESULT_SCHEMA, VALUE
+from pipeline.ledger.schema import FORECAST_SCHEMA, FORECAST_TOTAL, RANK_TIME, RESULT_SCHEMA, VALUE
 from pipeline.ledger.shapes import Event
 from pipeline.ledger.values import from_schema_1
 
@@ -471,6 +471,7 @@ EVENTS: dict[str, Spec[Any]] = {
     "run_end": Spec(
         shapes.Ended,
         _fields(
+            {"forecast": FORECAST_TOTAL},
             status=_TEXT,
             why=_TEXT_OR_NULL,
             primary_arm=_TEXT_OR_NULL,

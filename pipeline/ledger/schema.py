@@ -646,6 +646,17 @@ _EXPECTED: Schema = {
     "properties": {name: {"type": "number"} for name in ("value", "low", "high")},
 }
 _EXPECTED_OR_NULL: Schema = {"oneOf": [{"type": "null"}, _EXPECTED]}
+FORECAST_TOTAL: Schema = {
+    "type": "object",
+    "required": ["expected", "why_missing", "actual"],
+    "additionalProperties": False,
+    "properties": {
+        "expected": _EXPECTED_OR_NULL,
+        "why_missing": {"type": ["string", "null"]},
+        "actual": _NUMBER,
+    },
+}
+"""A figure of a whole run: what was expected, and what it came to."""
 FORECAST_SCHEMA: Schema = {
     "type": "object",
     "required": ["settings", "device", "devices", "parts", "missing", "totals"],
@@ -682,19 +693,7 @@ FORECAST_SCHEMA: Schema = {
             },
         },
         "missing": {"type": "array", "items": {"type": "string"}},
-        "totals": {
-            "type": "object",
-            "additionalProperties": {
-                "type": "object",
-                "required": ["expected", "why_missing", "actual"],
-                "additionalProperties": False,
-                "properties": {
-                    "expected": _EXPECTED_OR_NULL,
-                    "why_missing": {"type": ["string", "null"]},
-                    "actual": _NUMBER,
-                },
-            },
-        },
+        "totals": {"type": "object", "additionalProperties": FORECAST_TOTAL},
     },
 }
 """What was expected of a run, and what became of it."""

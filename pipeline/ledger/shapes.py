@@ -1591,6 +1591,7 @@ class Ended(Line):
     why: str | None
     primary_arm: str | None
     run: RunTotals
+    forecast: NotRequired[ForecastTotal]  # of device-hours
 
 
 class DevicesUsed(TypedDict):

@@ -89,12 +89,15 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
     }
     # After the result: a run that says FINISHED has its result on disk.
     write_json(running.session.folder / "run.json", sealed({**(state or {}), **end}))
+    forecast = result.get("forecast")
+    foreseen = {} if forecast is None else {"forecast": forecast["totals"]["device_hours"]}
     running.session.journal.write(
         "run_end",
         status=status,
         why=why,
         primary_arm=running.session.run.primary_arm,
         run=result["run"],
+        **foreseen,
         description=short_form(material),
         files=[
             *write_outputs(running, verdict, short_form(material, MOST_BYTES)),

@@ -27,6 +27,7 @@ from pipeline.ledger.charge_sources import (
     SO_FAR_UNTIL,
     has_ended,
     open_hours,
+    outside_causes,
     outside_waste,
     spans,
     stage_device,
@@ -48,6 +49,7 @@ from pipeline.ledger.shapes import (
     Figure,
     Figures,
     FirstLine,
+    ForecastTotal,
     LastLine,
     LedgerRecord,
     Moment,
@@ -65,6 +67,7 @@ from pipeline.ledger.shapes import (
     Verdict,
     VerdictLine,
 )
+from pipeline.ledger.values import null
 from pipeline.report.waste import advice
 from pipeline.store.artifacts import MODEL, write_json
 from pipeline.store.locks import lock_at
@@ -501,6 +504,7 @@ class _Delivery:
             "compute/run_spent_device_hours": event["run"]["spent"],
             "compute/run_reused_device_hours": event["run"]["reused"],
             **_outside(event["run"]),
+            **_foreseen(event.get("forecast")),
         }
         self._of_arms(event["primary_arm"], event["t"])
         self._values(self.parent, values, event["t"])
@@ -789,6 +793,10 @@ def _outside(run: RunTotals) -> Figures:
         f"compute/run_{part}_wasted_device_hours": derived(outside_waste(run, part))
         for part in PARTS
     }
+    found |= {
+        f"compute/run_wasted_{cause}_device_hours": derived(hours)
+        for cause, hours in outside_causes(run).items()
+    }
     if "allocated" in run:
         found["compute/run_allocated_gpu_hours"] = run["allocated"]["gpu_hours"]
     if "cost" in run:  # a run of an older release has none
@@ -802,6 +810,23 @@ def _outside(run: RunTotals) -> Figures:
         found["compute/per_converged_model_device_hours"] = converged["device_hours"]
         found["cost/per_converged_model"] = converged["amount"]
     return found
+
+
+def _foreseen(total: ForecastTotal | None) -> Figures:
+    """Return what a run was expected to take and came to; nothing where nobody asked."""
+    if total is None:
+        return {}
+    key, expected = "forecast/device_hours", total["expected"]
+    if expected is None:
+        return {key: null(total["why_missing"] or "not known").to_json()}
+    ends = {f"{key}_{end}": derived(expected[end]) for end in ("low", "high")}
+    came_to = (
+        null("the run did not finish, or took a part over").to_json()
+        if total["actual"] is None
+        else derived(total["actual"])
+    )
+    estimated: Figure = {**derived(expected["value"]), "provenance": "estimated"}
+    return {key: estimated, **ends, "forecast/actual_device_hours": came_to}
 
 
 def _name(key: str) -> str:
