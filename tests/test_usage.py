@@ -125,7 +125,7 @@ def test_what_a_self_test_and_a_registration_take_is_named() -> None:
 
 def test_help_prints_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     names = list(COMMANDS)
-    assert len(names) == 10
+    assert len(names) == 11
     ends = [run_command([name, "--help"], started_ns=0) for name in names]
     assert ends == [Exit.DONE] * len(names)
     assert capsys.readouterr().out.count("Usage: python -m pipeline ") == len(names)

@@ -76,6 +76,7 @@ Beside it (each with --help):
   python -m pipeline chargeback           what runs cost, by team, purpose, model or another key
   python -m pipeline history              verdicts of a model's last releases, and alarms
   python -m pipeline selftest model=REF   a release gate against itself: false answers, noise floor
+  python -m pipeline attribute RUN        what each stage or setting of an arm brought
   python -m pipeline verify RECEIPT       whether a receipt is true: every figure made again
   python -m pipeline sync                 deliver to MLflow what it has not had yet
   python -m pipeline forecast recipe=NAME what a run will take, before it is started

@@ -116,7 +116,7 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
         for row in running.book.rows
     )
     if status == "FINISHED" and made and running.session.gate is None:
-        _point_latest(running.session.folder)
+        point_latest(running.session.folder)
     # Only now may another attempt, or a delivery, take this folder.
     running.lock.release()
     writer = running.writer
@@ -294,7 +294,8 @@ def _compared(running: Running) -> Figures | None:
     return {name: running.book.served.conditions.get(name, lacking) for name in COMPARED}
 
 
-def _point_latest(folder: Path) -> None:
+def point_latest(folder: Path) -> None:
+    """Have `latest` name a run's folder."""
     link = folder.parent.parent / "latest"
     temporary = link.with_name(f".latest-{uuid.uuid4().hex}")
     temporary.symlink_to(folder.relative_to(link.parent))

@@ -16,17 +16,17 @@ def changed(run: Run) -> list[str]:
     """
     defaults = flat(plain(Run()))
     for name, stage in run.stages.items():
-        defaults |= flat(_defaults(stage), f"stages.{name}.")
+        defaults |= flat(stage_defaults(type(stage)), f"stages.{name}.")
     absent = object()
     return [name for name, value in flat(plain(run)).items() if value != defaults.get(name, absent)]
 
 
-def _defaults(stage: Stage) -> dict[str, Any]:
+def stage_defaults(of_type: type[Stage]) -> dict[str, Any]:
     """Return what a stage's settings are where nobody sets them; a setting without a default is
     left out.
     """
     found: dict[str, Any] = {}
-    for each in fields(stage):
+    for each in fields(of_type):
         if each.default is not MISSING:
             found[each.name] = plain(each.default)
         elif each.default_factory is not MISSING:

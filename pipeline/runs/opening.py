@@ -599,8 +599,8 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # what a build lacks; what torch finds old in torchao
-    for name in ("torchao", "torch.utils._pytree"):
+    # what a build lacks; what torch finds old in torchao; that int8 casts, at every layer
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", module=r"(torch|transformers|bitsandbytes|torchao|peft)(\.|$)"

@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": "several runs side by side: settings, figures, charts",
     "history": "the verdicts of a model's last releases, with alarms",
     "forecast": "what a run will take, before it is started",
+    "attribute": "what each stage or setting of an arm brought",
     "verify": "whether the receipt of a run is true: every figure made again",
     "selftest": "judge a model against itself: what the release check can tell",
     "launch": "write the job file of Slurm, SkyPilot or Kubernetes for a run",

@@ -242,12 +242,20 @@ class _Items:
     def of(self, row: Row, key: str) -> Arrays | str:
         """Return the columns of a quality's values, or why they cannot be read."""
         items = row["quality"][key]["items"]
-        if items is None:
-            return "no per-document values were kept"
-        name = Path(items).name
+        name = "" if items is None else Path(items).name
         if name not in self._read:
-            self._read[name] = _columns(self.folder / FOLDER / name)
+            self._read[name] = items_in(self.folder, row, key)
         return self._read[name]
+
+
+def items_in(folder: Path, row: Row, key: str) -> Arrays | str:
+    """Return the columns of per-document values that a run's folder has of a row's quality, or why
+    they cannot be read.
+    """
+    items = row["quality"][key]["items"]
+    if items is None:
+        return "no per-document values were kept"
+    return _columns(folder / FOLDER / Path(items).name)
 
 
 def _columns(path: Path) -> Arrays | str:
