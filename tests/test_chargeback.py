@@ -24,11 +24,12 @@ from make_result import make_row, make_run, make_unfinished, null, value
 from mlflow import MlflowClient
 
 from pipeline.cli.commands.chargeback import main
+from pipeline.ledger.charge_lines import TOTAL, Line, idle, lines
 from pipeline.ledger.charge_sources import journal_facts, stage_device, stored_runs_facts
 from pipeline.ledger.charges import Charge, RunFacts, charges
 from pipeline.ledger.converged import of_this_run, per_converged_model
 from pipeline.ledger.journal import Journal, read_events
-from pipeline.report.chargeback import COLUMNS, TOTAL, Line, harmless, idle, lines, table, to_csv
+from pipeline.report.chargeback import COLUMNS, harmless, table, to_csv
 from pipeline.tracking import deliver as tracking
 from pipeline.tracking.deliver import deliver, stored_runs
 
@@ -553,9 +554,11 @@ def test_runs_of_other_programs_are_left_out_and_said(
 
 
 def test_a_large_store_is_read_page_by_page(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By MLflow's client, as servers are."""
     for number in range(3):
         write_run(root, f"run-{number}", [a_row("teacher"), a_row()], minutes=(0, 0))
     before = report(root)
+    monkeypatch.setattr(tracking, "sqlite_file", lambda _: None)
     monkeypatch.setattr(tracking, "MAX_BATCH", 2)
     assert report(root) == before
     assert hours(before, "vision") == pytest.approx(3 * 54 / 60)

@@ -38,6 +38,7 @@ from pipeline.gate.history import as_json, history_of, of_verdict
 from pipeline.ledger.journal import Journal
 from pipeline.report.history import alarms, remarks, to_csv
 from pipeline.store.verdicts import as_recorded, checksum
+from pipeline.tracking import registry
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.registry import Candidate, promote, read_verdicts
 
@@ -482,6 +483,16 @@ def released(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Pat
     write_gate(root, first, baseline="models:/newer@champion")
     promote(uri(root), "m", Candidate(f"{4:032x}", "", "/p"), None, {})
     return root
+
+
+def test_a_file_is_read_as_mlflow_s_client_reads_it(
+    released: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = read_verdicts(uri(released))
+    assert len(found) == 9
+    assert [each.version for each in found if each.version] == ["1"]
+    monkeypatch.setattr(registry, "sqlite_file", lambda _: None)
+    assert found == read_verdicts(uri(released))
 
 
 def test_what_the_store_tells_is_what_the_verdict_said(released: Path) -> None:

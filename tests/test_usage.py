@@ -53,7 +53,7 @@ def test_the_options_that_are_named_are_those_that_are_read(
 def test_every_key_of_a_chargeback_is_named_and_taken(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chargeback, "_store", lambda *_: "sqlite:///x.db")
+    monkeypatch.setattr(chargeback, "store_of", lambda *_: "sqlite:///x.db")
     settings = chargeback.read_settings(["--from", "2026-11-01", "--to", "2026-12-01", "--by", key])
     assert settings.by in OWNER
     (line,) = (line for line in chargeback.USAGE.splitlines() if "--by" in line)
@@ -63,7 +63,7 @@ def test_every_key_of_a_chargeback_is_named_and_taken(
 def test_what_the_first_help_says_a_chargeback_is_by_can_be_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(chargeback, "_store", lambda *_: "sqlite:///x.db")
+    monkeypatch.setattr(chargeback, "store_of", lambda *_: "sqlite:///x.db")
     said = re.search(r"what runs cost, by (.+) or another key", cli.HELP)
     assert said is not None
     for key in said.group(1).split(", "):
@@ -125,7 +125,7 @@ def test_what_a_self_test_and_a_registration_take_is_named() -> None:
 
 def test_help_prints_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     names = list(COMMANDS)
-    assert len(names) == 11
+    assert len(names) == 12
     ends = [run_command([name, "--help"], started_ns=0) for name in names]
     assert ends == [Exit.DONE] * len(names)
     assert capsys.readouterr().out.count("Usage: python -m pipeline ") == len(names)

@@ -74,6 +74,7 @@ Beside it (each with --help):
   python -m pipeline meter -- COMMAND     measure any training command, in device-hours
   python -m pipeline register             declare what a model cost that was trained before
   python -m pipeline chargeback           what runs cost, by team, purpose, model or another key
+  python -m pipeline weekly               one page: budget, waste, forecasts, verdicts, savings
   python -m pipeline history              verdicts of a model's last releases, and alarms
   python -m pipeline selftest model=REF   a release gate against itself: false answers, noise floor
   python -m pipeline attribute RUN        what each stage or setting of an arm brought

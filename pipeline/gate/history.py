@@ -4,7 +4,7 @@ releases.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 
 from pipeline.compare.history import Figure, Finding, Judged, count_once, figure, findings
@@ -55,6 +55,22 @@ def history_of(
     # The store may have this verdict already.
     earlier = [each for each in found if each.run != own.run]
     return {"model": own.model, **as_json(count_once([*earlier, own]), last), "why": why}
+
+
+def histories(found: Iterable[Judged], last: int = LAST) -> list[VerdictHistory]:
+    """Return a history per model, by name; the one of verdicts that name no model comes last.
+
+    Args:
+        found: Verdicts as a store has them, those given again too.
+        last: Releases to list of each; alarms read all there are.
+    """
+    groups: dict[str | None, list[Judged]] = {}
+    for each in found:
+        groups.setdefault(each.model, []).append(each)
+    return [
+        {"model": name, **as_json(count_once(groups[name]), last), "why": None}
+        for name in sorted(groups, key=lambda name: (name is None, name or ""))
+    ]
 
 
 def as_json(answers: Sequence[Judged], last: int) -> HistoryRecord:

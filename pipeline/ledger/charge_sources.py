@@ -44,7 +44,7 @@ def _stand_in(children: Sequence[StoredRun]) -> StoredRun:
 
 def _stored_facts(name: str, run: StoredRun, children: Sequence[StoredRun]) -> RunFacts:
     metrics, params, tags = run["metrics"], run["params"], run["tags"]
-    open_h, until_ms = _number(tags.get(SO_FAR_HOURS)), _number(tags.get(SO_FAR_UNTIL))
+    open_h, until_ms = finite(tags.get(SO_FAR_HOURS)), finite(tags.get(SO_FAR_UNTIL))
     ended_ms = until_ms or run["end_ms"] or run["start_ms"]
     owner = {**_owner(tags), "model_name": tags.get("model_name") or params.get("model.name")}
     currency = _text(params.get("cost.currency"))
@@ -59,9 +59,9 @@ def _stored_facts(name: str, run: StoredRun, children: Sequence[StoredRun]) -> R
         stages=tuple(stage for stage in stages if stage is not None),
         outside_h=_parts(metrics, "compute/run_{}_device_hours") if ended else {},
         wasted_h=_parts(metrics, "compute/run_{}_wasted_device_hours") if ended else {},
-        rate=_number(params.get("cost.per_device_hour")),
+        rate=finite(params.get("cost.per_device_hour")),
         currency=currency,
-        converged_at=_number(params.get("cost.converged_at")),
+        converged_at=finite(params.get("cost.converged_at")),
         nested_in=tags.get("nested_in"),
         reused_h=metrics.get("compute/run_reused_device_hours"),
         allocated_h=metrics.get("compute/run_allocated_gpu_hours"),
@@ -299,7 +299,8 @@ def _owner(tags: Mapping[str, str]) -> dict[str, str | None]:
     return {name: tags.get(name) for name in OWNER}
 
 
-def _number(text: str | None) -> float | None:
+def finite(text: str | None) -> float | None:
+    """Return the number that a parameter or tag holds; None where it is none."""
     try:
         number = None if text is None else float(text)
         return None if number is None or not math.isfinite(number) else number

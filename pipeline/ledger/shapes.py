@@ -1765,8 +1765,9 @@ class DeliveryState(TypedDict):
 
 
 class StoredRun(TypedDict):
-    """A run as MLflow holds it; `end_ms` is None while it runs."""
+    """A run as MLflow holds it, by MLflow's id; `end_ms` is None while it runs."""
 
+    id: str
     status: str
     start_ms: int
     end_ms: int | None

@@ -25,7 +25,7 @@ from pipeline.report.chargeback import harmless
 from pipeline.report.text import pad
 
 NO_MODEL = "(no registered model)"
-_HEAD = (
+HEAD = (
     "date (UTC)",
     "candidate",
     "against",
@@ -196,8 +196,8 @@ def _unit(finding: FindingRecord) -> str:
 
 def table(history: VerdictHistory) -> list[str]:
     """Return the lines of a terminal's table."""
-    rows = [list(_HEAD), *(cells(row) for row in history["releases"])]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(_HEAD))]
+    rows = [list(HEAD), *(cells(row) for row in history["releases"])]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(HEAD))]
     return ["  ".join(map(pad, row, widths)).rstrip() for row in rows]
 
 
@@ -213,7 +213,7 @@ def recent(history: VerdictHistory) -> list[Block]:
     return [
         *([Bullets(said, first=len(loud))] if said else []),
         Prose(order),
-        Table(_HEAD, [cells(row) for row in history["releases"]]),
+        Table(HEAD, [cells(row) for row in history["releases"]]),
     ]
 
 

@@ -35,6 +35,7 @@ class Head:
         mood: `good`, `bad` or `undecided`.
         verdict: The answer in one sentence; `answers` are what it rests on.
         facts: Run, device, date.
+        is_dense: Whether it is to fit one screen: small, in two columns where there is room.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Head:
     question: str = ""
     facts: Sequence[str] = ()
     footer: str = ""
+    is_dense: bool = False
 
 
 @dataclass(frozen=True, slots=True)

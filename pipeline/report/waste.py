@@ -170,14 +170,34 @@ def _reached(name: str, share: float, hours: float | None) -> bool:
     return share >= REMEDIES[name].threshold and not is_small
 
 
+def first_thing(
+    name: str, share: float, hours: float | None, *, is_metered: bool, has_ranks: bool
+) -> str | None:
+    """Return the first thing to try against a cause; None below the threshold.
+
+    Args:
+        share: Of the time that is looked at.
+        hours: The same in device-hours, where they are known.
+        is_metered: Whether another program did it.
+        has_ranks: Whether several processes did.
+    """
+    if share <= 0 or not _reached(name, share, hours):
+        return None
+    if name == "comm_exposed" and has_ranks:
+        return SHARED
+    return REMEDIES[name].elsewhere if is_metered else REMEDIES[name].here
+
+
 def _cause(row: Row, name: str, kind: str, share: float, hours: float | None) -> Cause:
     amount = row["ledger"]["cost"]["amount"]["value"]
-    remedy = REMEDIES[name]
-    text = remedy.elsewhere if row["type"] == METERED else remedy.here
-    if name == "comm_exposed" and any(row["ledger"].get(key) for key in ("ranks", "assess_ranks")):
-        text = SHARED
     money = None if amount is None or hours is None else amount * share
-    remedy_text = text if share > 0 and _reached(name, share, hours) else None
+    remedy_text = first_thing(
+        name,
+        share,
+        hours,
+        is_metered=row["type"] == METERED,
+        has_ranks=any(row["ledger"].get(key) for key in ("ranks", "assess_ranks")),
+    )
     of = (
         ""
         if kind.startswith("of ")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ from pipeline.report.waste import advice
 from pipeline.store.artifacts import MODEL, write_json
 from pipeline.store.locks import lock_at
 from pipeline.store.waiting import locked, waiting_for
+from pipeline.tracking.sqlite_file import runs_between, sqlite_file
 from pipeline.tracking.views import link, set_up
 
 MAX_BATCH, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one log_batch; MLflow's own limits
@@ -996,6 +998,19 @@ def stored_runs(uri: str, start_ms: int, end_ms: int) -> tuple[list[StoredRun], 
         start_ms: UTC, milliseconds since 1970; runs that ended before are left out.
         end_ms: Runs that began then or later are left out.
     """
+    file, found = sqlite_file(uri), None
+    if file is not None:
+        with suppress(sqlite3.Error):
+            found = runs_between(file, start_ms, end_ms)
+    found = _asked_for(uri, start_ms, end_ms) if found is None else found
+    own = [run for run in found if RUN_TAG in run["tags"]]
+    # of a run that was deleted and delivered anew, the latter
+    own.sort(key=lambda run: run["active"])
+    return list({run["tags"][RUN_TAG]: run for run in own}.values()), len(found) - len(own)
+
+
+def _asked_for(uri: str, start_ms: int, end_ms: int) -> list[StoredRun]:
+    """Return what `runs_between` does, of any store."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -1004,15 +1019,10 @@ def stored_runs(uri: str, start_ms: int, end_ms: int) -> tuple[list[StoredRun], 
         *_search(client, f"{began} AND attributes.end_time >= {start_ms}"),
         *_search(client, f"{began} AND attributes.status = 'RUNNING'"),
     ]
-    own = [run for run in found if RUN_TAG in run["tags"]]
-    num_others = len(found) - len(own)
-    for run in [
-        run for run in own if "/" not in run["tags"][RUN_TAG] and run["start_ms"] < start_ms
-    ]:
-        own += _search(client, f"tags.`{RUN_TAG}` LIKE '{run['tags'][RUN_TAG]}/%'")
-    # of a run that was deleted and delivered anew, the latter
-    own.sort(key=lambda run: run["active"])
-    return list({run["tags"][RUN_TAG]: run for run in own}.values()), num_others
+    names = {run["tags"].get(RUN_TAG, "/") for run in found if run["start_ms"] < start_ms}
+    for name in sorted(name for name in names if "/" not in name):
+        found += _search(client, f"tags.`{RUN_TAG}` LIKE '{name}/%'")
+    return list({run["id"]: run for run in found}.values())
 
 
 def _search(client: Any, query: str) -> Iterator[StoredRun]:
@@ -1025,16 +1035,22 @@ def _search(client: Any, query: str) -> Iterator[StoredRun]:
     for first in range(0, len(experiments), MAX_PARAMS):
         part = experiments[first : first + MAX_PARAMS]
         for run in pages(client.search_runs, part, query, run_view_type=ViewType.ALL):
-            info, data = run.info, run.data
-            yield {
-                "status": info.status,
-                "start_ms": info.start_time,
-                "end_ms": info.end_time,
-                "active": info.lifecycle_stage == "active",
-                "metrics": dict(data.metrics),
-                "params": dict(data.params),
-                "tags": dict(data.tags),
-            }
+            yield stored(run)
+
+
+def stored(run: Any) -> StoredRun:
+    """Return a run of MLflow's client as this project reads it."""
+    info, data = run.info, run.data
+    return {
+        "id": info.run_id,
+        "status": info.status,
+        "start_ms": info.start_time,
+        "end_ms": info.end_time,
+        "active": info.lifecycle_stage == "active",
+        "metrics": dict(data.metrics),
+        "params": dict(data.params),
+        "tags": dict(data.tags),
+    }
 
 
 def pages(search: Callable[..., Any], *args: Any, **more: Any) -> Iterator[Any]:

@@ -23,10 +23,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import sqlite3
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -37,7 +38,7 @@ from pipeline.config.redaction import redact_value, without_login
 from pipeline.errors import UserError
 from pipeline.ledger.charge_sources import RUN_TAG
 from pipeline.ledger.records import parsed
-from pipeline.ledger.shapes import Verdict
+from pipeline.ledger.shapes import StoredRun, Verdict
 from pipeline.ledger.values import from_schema_1
 from pipeline.store.artifacts import MODEL
 from pipeline.store.waiting import locked
@@ -49,7 +50,9 @@ from pipeline.tracking.deliver import (
     pages,
     quiet,
     store_errors,
+    stored,
 )
+from pipeline.tracking.sqlite_file import runs_tagged, sqlite_file, versions_tagged
 
 if TYPE_CHECKING:
     from pipeline.compare.history import Judged
@@ -58,6 +61,7 @@ Tags: TypeAlias = Mapping[str, str | float | None]
 """Of a version, by name; without a value, one is left out."""
 CHAMPION = "champion"
 GATE, SELFTEST = "gate", "selftest"  # what tags and figures of verdicts and self-tests begin with
+VERDICT = f"{GATE}.verdict"  # tag of a run that came to one
 DIGEST, URL, PATH = "artifact.digest", "artifact.url", "artifact.path"  # tags of a version
 VERSIONS = "mlflow.modelVersions"  # MLflow's tag of a logged model
 LOCK, HOLDER = ".promotion", "promotion.holder"
@@ -399,32 +403,41 @@ def read_verdicts(uri: str, *, model: str | None = None) -> list[Judged]:
     """
     if is_empty(uri):
         return []
+    file = sqlite_file(uri)
+    if file is not None:
+        with suppress(sqlite3.Error):
+            runs = _about(model, runs_tagged(file, VERDICT))
+            versions = versions_tagged(file, _named(runs), DIGEST)
+            return [_judged(run, versions) for run in runs]
     with _asking(uri):
         client = _open(uri)
-        runs = [
-            run
-            for run in _tagged(client, f"tags.`{GATE}.verdict` LIKE '%'")
-            if model is None or _model_of(run) == model
-        ]
-        named = {name for run in runs if (name := _model_of(run))}
-        versions = {name: _versions(client, name) for name in named}
+        runs = _about(model, map(stored, _tagged(client, f"tags.`{VERDICT}` LIKE '%'")))
+        versions = {name: _versions(client, name) for name in _named(runs)}
     return [_judged(run, versions) for run in runs]
 
 
-def _model_of(run: Any) -> str | None:
+def _about(model: str | None, runs: Iterable[StoredRun]) -> list[StoredRun]:
+    return [run for run in runs if model is None or _model_of(run) == model]
+
+
+def _named(runs: Iterable[StoredRun]) -> set[str]:
+    return {name for run in runs if (name := _model_of(run))}
+
+
+def _model_of(run: StoredRun) -> str | None:
     """Return the registered model that a verdict is about; of the first one, the model that it was
     to be a part of.
     """
-    reference = str(run.data.params.get("baseline", ""))
+    reference = str(run["params"].get("baseline", ""))
     named = reference.removeprefix("models:/").partition("@")[0].partition("/")[0]
     return (
-        run.data.tags.get(f"{GATE}.model")
+        run["tags"].get(f"{GATE}.model")
         or (named if reference.startswith("models:/") else "")
         or None
     )
 
 
-def _versions(client: Any, name: str) -> dict[str, str]:
+def _versions(client: Any, name: str) -> dict[str, int]:
     """Return the newest version's number by artifact; nothing where the name is none."""
     try:
         check_name(name, "model")
@@ -439,10 +452,10 @@ def _versions(client: Any, name: str) -> dict[str, str]:
             numbers[digest] = max(int(each.version), numbers.get(digest, 0))
         token = page.token
         if not token:
-            return {digest: str(number) for digest, number in numbers.items()}
+            return numbers
 
 
-def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
+def _judged(run: StoredRun, versions: Mapping[str, Mapping[str, int]]) -> Judged:
     """Return the verdict that a run's tags, figures and settings tell of; a figure without an
     interval is None.
     """
@@ -451,7 +464,7 @@ def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
     from pipeline.ledger.metrics import PRIMARY, RELATIVE, deciding
     from pipeline.tasks.table import Task
 
-    tags, params = run.data.tags, run.data.params
+    tags, params, metrics = run["tags"], run["params"], run["metrics"]
     said = {
         name.removeprefix(f"{GATE}."): value
         for name, value in tags.items()
@@ -460,33 +473,33 @@ def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
     task = next((task for task in Task if task.value == params.get("task")), next(iter(Task)))
     prefix = f"{GATE}/quality/"
     read = {
-        key.removeprefix(prefix): value
-        for key, value in run.data.metrics.items()
-        if key.startswith(prefix)
+        key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)
     }
     primary = deciding([read], task) or PRIMARY[task]
     alpha, looks = (
         _number(params.get("policy.alpha")) or math.nan,
         int(_number(params.get("policy.looks")) or 1),
     )
+    is_policy = 0 < alpha < 0.5 and looks in (1, 2)  # another release's may be none
     look = int(_number(said.get("look")) or 1)
     ends = [
-        [run.data.metrics.get(f"{GATE}/{name}{end}") for end in ("", "_low", "_high")]
+        [metrics.get(f"{GATE}/{name}{end}") for end in ("", "_low", "_high")]
         for name in ("serving", f"quality/{primary}")
     ]
-    began = datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds")
+    began = datetime.fromtimestamp(run["start_ms"] / 1000, UTC).isoformat(timespec="seconds")
     margin = _number(params.get(f"policy.metrics.{primary}.margin"))
     model = _model_of(run)
+    number = versions.get(model or "", {}).get(said.get("candidate.digest", ""))
     return Judged(
         created=_moment(said.get("created")) or began,
-        run=tags.get(RUN_TAG, run.info.run_id),
+        run=tags.get(RUN_TAG, run["id"]),
         model=model,
         verdict=said["verdict"],
         key=said.get("key", ""),
         look=look,
         candidate=said.get("candidate.digest", ""),
         baseline=said.get("baseline.digest"),
-        version=versions.get(model or "", {}).get(said.get("candidate.digest", "")),
+        version=None if number is None else str(number),
         policy=said.get("policy", ""),
         policy_sha256=said.get("policy.sha256", ""),
         data=tags.get("data.digest", ""),
@@ -495,7 +508,7 @@ def _judged(run: Any, versions: dict[str, dict[str, str]]) -> Judged:
         quality_key=primary,
         serving=figure(
             *ends[0],
-            level=1 - 2 * look_alpha(alpha, looks),
+            level=1 - 2 * (look_alpha(alpha, looks) if is_policy else math.nan),
             relative=True,
             blocks=int(_number(params.get("policy.blocks")) or 0) * look,
         ),
@@ -854,19 +867,13 @@ def _check_which(version: str | int | None, alias: str | None, key: str) -> None
         raise UserError(key, f"{alias[:80]!r} is no alias", f"write models:/name@{CHAMPION}")
 
 
-def _sqlite_file(uri: str) -> Path | None:
-    """Return the file of a SQLite store."""
-    scheme, _, path = uri.partition(":///")
-    return Path(path.partition("?")[0]) if scheme.partition("+")[0] == "sqlite" and path else None
-
-
 def is_empty(uri: str) -> bool:
     """Whether a store has yet to be made, which no one is to do who only reads.
 
     Raises:
         UserError: If the folder that would hold it is not there, either.
     """
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     # MLflow would make it, and call an unmounted disk empty
     if file is not None and not file.parent.is_dir():
         raise UserError(
@@ -907,7 +914,7 @@ def _open(uri: str) -> Any:
     from filelock import Timeout
     from mlflow import MlflowClient
 
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     if file is None:
         _knock(uri)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)

@@ -9,6 +9,7 @@ COMMANDS = {
     "register": "make a model trained elsewhere an artifact with its cost",
     "sync": "deliver to MLflow what it has not had yet",
     "chargeback": "who spent what in a period",
+    "weekly": "one page on what a period's GPU time went to",
     "compare": "several runs side by side: settings, figures, charts",
     "history": "the verdicts of a model's last releases, with alarms",
     "forecast": "what a run will take, before it is started",

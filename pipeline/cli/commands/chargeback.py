@@ -9,8 +9,6 @@ the period.
 from __future__ import annotations
 
 import os
-import re
-import sqlite3
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,14 +16,23 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.config.redaction import clean_output, redact, redact_value
+from pipeline.cli.options import read_options
+from pipeline.cli.period import (
+    behind,
+    day_of,
+    inside_others,
+    key_of_groups,
+    lower_bounds,
+    runs_between,
+    store_of,
+)
+from pipeline.config.redaction import clean_output, redact
 from pipeline.errors import Exit, Unparsable, UserError, one_line
+from pipeline.ledger.charge_lines import TOTAL, Line, idle, lines
 from pipeline.ledger.charge_sources import stored_runs_facts
 from pipeline.ledger.charges import OWNER, Charge, RunFacts, charges, not_counted_twice
 from pipeline.ledger.converged import Converged, per_converged_model
-from pipeline.ledger.numbers import agreed, how_many
-from pipeline.report.chargeback import TOTAL, Line, footnotes, idle, lines, table, to_csv
-from pipeline.tracking.writer import waiting
+from pipeline.report.chargeback import footnotes, table, to_csv
 
 USAGE = """Usage: python -m pipeline chargeback --from 2026-11-01 --to 2026-12-01 [options]
 
@@ -43,8 +50,6 @@ a run spent that has not ended to its last sign of life. Money of different curr
 different device models, are never added."""
 OPTIONS = ("--from", "--to", "--by", "--csv", "--capacity", "--root", "--uri")
 HOUR_S = 3600.0
-_SQLITE = re.compile(r"sqlite(?:\+\w+)?://(?:/(?P<path>[^?]*))?")
-_DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,14 +87,12 @@ def read_settings(argv: Sequence[str]) -> Settings:
         UserError: Naming the option.
     """
     given = _read(argv)
-    start_s, end_s = _day("--from", given["--from"]), _day("--to", given["--to"])
+    start_s, end_s = day_of("--from", given["--from"]), day_of("--to", given["--to"])
     if end_s <= start_s:
         raise UserError(
             "--to", f"{given['--to']} is not after --from", "give the day after the last one"
         )
-    by = "model_name" if given.get("--by") == "model" else given.get("--by", OWNER[0])
-    if by not in OWNER:
-        raise UserError("--by", f"{by!r} is nothing to group by", f"give {', '.join(OWNER)}")
+    by = key_of_groups(given.get("--by"))
     csv = given.get("--csv")
     if csv is not None and (not csv or not Path(csv).expanduser().resolve().parent.is_dir()):
         raise UserError(
@@ -101,35 +104,17 @@ def read_settings(argv: Sequence[str]) -> Settings:
         by=by,
         csv=None if csv is None else Path(csv).expanduser(),
         capacity=_capacity(given["--capacity"]) if "--capacity" in given else None,
-        uri=_store(given.get("--root"), given.get("--uri")),
+        uri=store_of(given.get("--root"), given.get("--uri")),
         root=Path(given.get("--root") or "mlruns").expanduser(),
     )
 
 
 def _read(argv: Sequence[str]) -> dict[str, str]:
-    given: dict[str, str] = {}
-    pending = iter(argv)
-    for arg in pending:
-        name, equals, value = arg.partition("=")
-        if name not in OPTIONS:
-            raise Unparsable(arg, "is no option of chargeback", "--help lists them")
-        found = value if equals else next(pending, None)
-        if found is None:
-            raise Unparsable(name, "has no value", f"write {name} VALUE")
-        given[name] = found
+    given = read_options(argv, "chargeback", OPTIONS).values
     for name in ("--from", "--to"):
         if name not in given:
             raise Unparsable(name, "is missing", f"write {name} 2026-11-01")
     return given
-
-
-def _day(name: str, text: str) -> float:
-    try:
-        if _DAY.fullmatch(text):
-            return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
-    except ValueError:
-        pass
-    raise UserError(name, f"{text!r} is no day", "write it as 2026-11-01; days are UTC")
 
 
 def _capacity(text: str) -> tuple[str | None, int]:
@@ -141,44 +126,13 @@ def _capacity(text: str) -> tuple[str | None, int]:
     return (device.strip() or None), int(number)
 
 
-def _store(root: str | None, uri: str | None) -> str:
-    """Return the URI of a store that is there; asking for what was spent makes none."""
-    from pipeline.tracking.deliver import store_uri
-
-    typed = f"sqlite:///{Path(root).expanduser().resolve() / 'mlflow.db'}" if root else None
-    found = uri or typed or store_uri(Path("mlruns"), None)
-    file = _SQLITE.match(found)
-    if file:
-        _check_file(Path(file["path"] or ""), "--uri" if uri else "--root")
-    return found
-
-
-def _check_file(path: Path, key: str) -> None:
-    remedy = "name the folder that holds mlflow.db, or deliver with python -m pipeline sync"
-    if not path.is_file():
-        raise UserError(key, f"there is no store {path}", remedy)
-    try:
-        with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as database:
-            known = database.execute(
-                "SELECT name FROM sqlite_master WHERE name = 'experiments'"
-            ).fetchone()
-    except sqlite3.DatabaseError as error:
-        raise UserError(key, f"{path} cannot be read ({error})", remedy) from None
-    if known is None:
-        raise UserError(key, f"{path} holds no MLflow store", remedy)
-
-
 def _report(settings: Settings, now_s: float) -> int:
-    known, notes = _runs(settings)
+    # what a model cost began earlier
+    since_s = 0.0 if settings.by == "model_name" else settings.start_s
+    stored, notes = runs_between(settings.uri, since_s, settings.end_s)
+    known = stored_runs_facts(stored)
     runs, inside = not_counted_twice(known)
-    notes = [
-        *_said(
-            len(inside),
-            "run inside a metered run is part of it",
-            "runs inside a metered run are part of it",
-        ),
-        *notes,
-    ]
+    notes = [*inside_others(inside), *notes]
     paid = [
         charge
         for run in runs
@@ -199,76 +153,10 @@ def _report(settings: Settings, now_s: float) -> int:
             else ["no run spent anything in this period"]
         )
     )
-    for note in (*footnotes(found), *said, *_notes(runs), *notes, *_behind(settings.root), *models):
+    notes = [*footnotes(found), *said, *lower_bounds(runs), *notes, *behind(settings.root)]
+    for note in (*notes, *models):
         print(f"- {note}")
     return Exit.DONE
-
-
-def _runs(settings: Settings) -> tuple[list[RunFacts], list[str]]:
-    """Return the runs of the store that the period touches, and what is to be said of the
-    others.
-    """
-    from pipeline.tracking.deliver import quiet, store_errors, stored_runs
-
-    quiet()
-    # what a model cost began earlier
-    since_s = 0.0 if settings.by == "model_name" else settings.start_s
-    try:
-        stored, num_others = stored_runs(
-            settings.uri, int(since_s * 1000), int(settings.end_s * 1000)
-        )
-    except store_errors() as error:
-        text = redact_value("", one_line(error, 200))
-        raise UserError(
-            "--uri", f"the store does not answer ({text})", "see that it runs, and try again"
-        ) from None
-    deleted = sum(not run["active"] for run in stored)
-    notes = [
-        *_said(
-            deleted,
-            "run or stage was deleted in the UI; what it spent is spent",
-            "runs and stages were deleted in the UI; what they spent is spent",
-        ),
-        *_said(
-            num_others,
-            "run of another program was left out",
-            "runs of other programs were left out",
-        ),
-    ]
-    return stored_runs_facts(stored), notes
-
-
-def _said(num: int, one: str, many: str) -> list[str]:
-    """Return the note on so many runs; none on none."""
-    return [how_many(num, one, many)] if num else []
-
-
-def _behind(root: Path) -> list[str]:
-    """Return what to say where journals beside the store hold what it has not had."""
-    behind = waiting(root)
-    rest = f"more to tell than MLflow has had: python -m pipeline sync {root}"
-    return _said(len(behind), f"run under {root} has {rest}", f"runs under {root} have {rest}")
-
-
-def _notes(runs: Sequence[RunFacts]) -> list[str]:
-    silent = sum(run.total_h is None for run in runs)
-    more = sum((run.rest_h or 0.0) < -1e-6 for run in runs)
-    return [
-        *_said(
-            silent,
-            "run does not say what it took outside of stages: a lower bound",
-            "runs do not say what they took outside of stages: a lower bound",
-        ),
-        *(
-            [
-                f"the stages of {how_many(more, 'run')} hold more than"
-                f" {agreed(more, 'it', 'they')} took: {agreed(more, 'its', 'their')} stages are"
-                " counted"
-            ]
-            if more
-            else []
-        ),
-    ]
 
 
 def _idle(settings: Settings, found: Sequence[Line], now_s: float) -> tuple[list[Line], list[str]]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.cli.options import read_options
 from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError, one_line
 
@@ -75,20 +76,8 @@ def read_settings(argv: Sequence[str]) -> Settings:
     from pipeline.report.comparing import MAX_RUNS
     from pipeline.tracking.deliver import store_uri
 
-    given: dict[str, str] = {}
-    runs: list[str] = []
-    pending = iter(argv)
-    for arg in pending:
-        name, equals, value = arg.partition("=")
-        if not arg.startswith("-"):
-            runs.append(arg)
-            continue
-        if name not in OPTIONS:
-            raise Unparsable(one_line(arg, 80), "is no option of compare", "--help lists them")
-        found = value if equals else next(pending, None)
-        if not found:
-            raise Unparsable(name, "has no value", f"write {name} VALUE")
-        given[name] = found
+    read = read_options(argv, "compare", OPTIONS, takes_names=True, takes_empty=False)
+    given, runs = read.values, read.names
     if not 2 <= len(runs) <= MAX_RUNS:
         raise UserError("RUN", f"{len(runs)} runs were named", f"give 2 to {MAX_RUNS}")
     root = Path(given.get("--root", "mlruns")).expanduser()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cli.options import read_options
 from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError, one_line
 from pipeline.ledger.numbers import how_many
@@ -70,18 +71,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
     """
     from pipeline.tracking.deliver import store_uri
 
-    given: dict[str, str] = {}
-    pending = iter(argv)
-    for arg in pending:
-        name, equals, value = arg.partition("=")
-        if name not in (*OPTIONS, *FLAGS):
-            raise Unparsable(one_line(arg, 80), "is no option of history", "--help lists them")
-        if name in FLAGS and equals:
-            raise Unparsable(name, "takes no value", f"write {name} alone")
-        found = "" if name in FLAGS else value if equals else next(pending, None)
-        if found is None:
-            raise Unparsable(name, "has no value", f"write {name} VALUE")
-        given[name] = found
+    given = read_options(argv, "history", OPTIONS, flags=FLAGS).values
     last = given.get("--last", "10")
     if not (last.isascii() and last.isdecimal() and 1 <= int(last[:9]) <= MOST):
         raise UserError(
@@ -111,26 +101,20 @@ def read_histories(settings: Settings) -> list[VerdictHistory]:
         UserError: If there is no store, it does not answer, or it holds no verdict on the model
             that was named.
     """
-    from pipeline.compare.history import Judged, count_once
-    from pipeline.gate.history import as_json
+    from pipeline.gate.history import histories
     from pipeline.tracking.registry import is_empty, read_verdicts
 
     key = "--uri" if settings.uri.partition(":")[0] != "sqlite" else "--root"
     if is_empty(settings.uri):
         raise UserError(key, "there is no MLflow store", "name the folder that holds mlflow.db")
-    groups: dict[str | None, list[Judged]] = {}
-    for each in read_verdicts(settings.uri, model=settings.model):
-        groups.setdefault(each.model, []).append(each)
-    if settings.model is not None and not groups:
+    found = histories(read_verdicts(settings.uri, model=settings.model), settings.last)
+    if settings.model is not None and not found:
         raise UserError(
             "--model",
             f"no verdict names {one_line(settings.model, 80)!r}",
             "see the list without --model",
         )
-    return [
-        {"model": name, **as_json(count_once(groups[name]), settings.last), "why": None}
-        for name in sorted(groups, key=lambda name: (name is None, name or ""))
-    ]
+    return found
 
 
 def _show(settings: Settings, histories: Sequence[VerdictHistory]) -> int:

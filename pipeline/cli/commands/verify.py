@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.cli.options import read_options
 from pipeline.config.redaction import clean_output
 from pipeline.config.text_files import why_no_file
 from pipeline.errors import Exit, Unparsable, UserError, one_line
@@ -71,21 +72,8 @@ def read_settings(argv: Sequence[str]) -> Settings:
     Raises:
         UserError: Naming the option.
     """
-    given, paths = dict[str, str](), list[str]()
-    pending = iter(argv)
-    for arg in pending:
-        name, equals, value = arg.partition("=")
-        if not arg.startswith("-"):
-            paths.append(arg)
-            continue
-        if name not in (*OPTIONS, *FLAGS):
-            raise Unparsable(one_line(arg, 80), "is no option of verify", "--help lists them")
-        if name in FLAGS and equals:
-            raise Unparsable(name, "takes no value", f"write {name} alone")
-        found = "" if name in FLAGS else value if equals else next(pending, None)
-        if found is None:
-            raise Unparsable(name, "has no value", f"write {name} VALUE")
-        given[name] = found
+    read = read_options(argv, "verify", OPTIONS, flags=FLAGS, takes_names=True)
+    given, paths = read.values, read.names
     if len(paths) != 1:
         problem = "none is named" if not paths else f"{len(paths)} are named"
         raise Unparsable("RECEIPT", problem, "name one receipt.json")
