@@ -347,8 +347,8 @@ def test_hours_of_two_device_models_are_never_added(root: Path, weekly: Weekly) 
     assert shown.badge == "OVER BUDGET"  # of 30 minutes 31 were taken
     assert shown.verdict == (
         "0.517 device-hours on NVIDIA A100 in 1 run; 1.05 device-hours on NVIDIA H200 in 1 run."
-        " 0.517 of 0.500 allowed device-hours in 1 run that had a budget on NVIDIA A100."
-        " 1.05 of 2.00 allowed device-hours in 1 run that had a budget on NVIDIA H200."
+        " On NVIDIA A100 0.517 of 0.500 allowed device-hours in 1 run that had a budget."
+        " On NVIDIA H200 1.05 of 2.00 allowed device-hours in 1 run that had a budget."
     )
     devices = [row[:4] for row in shown.table("spent")[1:]]
     assert devices == [
@@ -396,7 +396,7 @@ def test_money_of_two_currencies_is_never_added(root: Path, weekly: Weekly) -> N
         ["team", "device", "runs", "device-hours", "against budget", "money"],
         [
             *("vision", "NVIDIA H200", "3", "1.55", "-"),
-            "1.55 EUR, 1.03 USD, 0.517 h without a rate",
+            "1.55 EUR, 1.03 USD, 0.517 h unpriced",
         ],
     ]
     said = "0.517 device-hours on NVIDIA H200 have no declared rate: money leaves them out"

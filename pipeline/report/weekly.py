@@ -130,7 +130,7 @@ def _against_budget(period: Period) -> tuple[str, str, str]:
         return _against_groups(period)
     own = {each.device: period.own.of(each.device) for each in period.devices}
     said = [
-        f"{_own_words(each)}{f' on {_name(device)}' if len(own) > 1 else ''}."
+        f"{f'On {_name(device)} ' if len(own) > 1 else ''}{_own_words(each)}."
         for device, each in own.items()
         if each.num
     ]
@@ -250,7 +250,7 @@ def _own_cell(own: OwnBudgets) -> str:
 def _money(each: Spent) -> str:
     said = [money(amount, one_line(name, 8)) for name, amount in each.amounts.items()]
     if said and each.unpriced_h > 0:
-        said.append(f"{_h(each.unpriced_h)} h without a rate")
+        said.append(f"{_h(each.unpriced_h)} h unpriced")
     return ", ".join(said) or "-"
 
 
