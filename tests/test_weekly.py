@@ -394,10 +394,7 @@ def test_money_of_two_currencies_is_never_added(root: Path, weekly: Weekly) -> N
     shown = weekly()
     assert shown.table("spent") == [
         ["team", "device", "runs", "device-hours", "against budget", "money"],
-        [
-            *("vision", "NVIDIA H200", "3", "1.55", "-"),
-            "1.55 EUR, 1.03 USD, 0.517 h unpriced",
-        ],
+        [*("vision", "NVIDIA H200", "3", "1.55", "-"), "1.55 EUR, 1.03 USD, 0.517 h unpriced"],
     ]
     said = "0.517 device-hours on NVIDIA H200 have no declared rate: money leaves them out"
     assert said in shown.prose("notes")
