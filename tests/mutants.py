@@ -51,6 +51,14 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "silent-waste",
+        "hours of programs that do not tell their waste count as free of it",
+        "ledger/weekly.py",
+        "if not tells(members):",
+        "if False:",
+        ("test_weekly.py",),
+    ),
+    Mutant(
         "lost-hours",
         "time that a killed attempt lost counts for one device only",
         "ledger/booking.py",

@@ -19,6 +19,7 @@ from pipeline.cli.commands import (
     register,
     run_command,
     selftest,
+    weekly,
 )
 from pipeline.cli.recipes import config_dir
 from pipeline.compare.history import ALPHA, LEAST_EARLIER
@@ -40,6 +41,7 @@ def named(text: str) -> set[str]:
     [
         (chargeback.USAGE, chargeback.OPTIONS),
         (history.USAGE, (*history.OPTIONS, *history.FLAGS)),
+        (weekly.USAGE, weekly.OPTIONS),
         (meter.HELP, (*options.VALUED, *options.FLAGS)),
     ],
 )
@@ -104,6 +106,8 @@ def test_every_flag_of_the_first_help_is_taken() -> None:
         (chargeback.USAGE, f"{chargeback.Settings(start_s=0, end_s=1, uri='').by} (default)"),
         (chargeback.USAGE, f"(default: {chargeback.Settings(start_s=0, end_s=1, uri='').root})"),
         (meter.HELP, f"(default: {options.ROOT})"),
+        (weekly.USAGE, f"default: {['six', 'seven'][weekly.DAYS - 6]} days before --to"),
+        (weekly.USAGE, f"{OWNER[0]} (default)"),
         (selftest.USAGE, f"n={Options().trials} "),
         (selftest.USAGE, f"repeats={Options().repeats} "),
     ],

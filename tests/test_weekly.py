@@ -324,7 +324,7 @@ def test_groups_have_budgets_of_their_own(root: Path, weekly: Weekly) -> None:
     given = ("--budget", "vision=1", "--budget=(no team)=1", "--budget", "audio=7")
     shown = weekly(*given)
     assert shown.badge == "OVER BUDGET"
-    assert shown.verdict.endswith("1 of 3 groups with a budget spent more than that.")
+    assert shown.verdict.endswith("1 of 3 groups with a budget spent more than that: vision.")
     # a row says whose it is where its run does not
     owners = [row[0] for row in shown.table("spent")[1:]]
     assert owners == ["vision", "(no team)", "all", "audio"]
@@ -407,6 +407,10 @@ def test_more_groups_than_fit_stand_together(root: Path, weekly: Weekly) -> None
     rows = weekly().table("spent")
     assert [row[0] for row in rows[1:]] == [*(f"team-{n}" for n in range(6)), "2 others", "all"]
     assert [row[2:4] for row in rows[-2:]] == [["2", "1.03"], ["8", "4.13"]]
+    # one whose budget is declared is never among the others
+    named = weekly("--budget", "team-7=0.5").table("spent")
+    assert [row[0] for row in named[1:]] == [*(f"team-{n}" for n in range(8)), "all"]
+    assert named[8][-1] == "0.517 of 0.500"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ It is to be read in a minute, so lists are cut, and what was cut is counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.errors import one_line
@@ -46,6 +46,7 @@ MOST_RELEASES = 6
 MOST_CHARTS = 2
 LAST = 10
 """Releases of a model that its chart shows."""
+SHOWN = 5  # names in a sentence
 WIDTH = 80
 ALL = "all"
 NOTHING = "No run spent anything in this period."
@@ -166,10 +167,11 @@ def _against_groups(period: Period) -> tuple[str, str, str]:
         elif own and own[0].device_h > allowed_h:
             over.append(group)
     num, total = len(over), len(period.budgets_h) - len(apart)
-    said = [f"{num} of {how_many(total, 'group')} with a budget spent more than that."]
+    named = f": {_listed(over)}" if over else ""
+    said = [f"{num} of {how_many(total, 'group')} with a budget spent more than that{named}."]
     if apart:
-        names = ", ".join(map(_name, apart))
-        said.append(f"Not compared, as hours of different device models are not added: {names}.")
+        why = "Not compared, as hours of different device models are not added"
+        said.append(f"{why}: {_listed(apart)}.")
     if apart and not over:
         return "NOT ALL COMPARED", "undecided", " ".join(said)
     return (*_answer(over=bool(over)), " ".join(said))
@@ -184,7 +186,7 @@ def _own_words(own: OwnBudgets) -> str:
 
 
 def _spent(period: Period) -> list[Block]:
-    shown = list(_cut(period.spent))
+    shown = list(_cut(period.spent, period.budgets_h))
     silent = [each for each in period.budgets_h if each not in {s.group for s in period.spent}]
     totals = period.devices if len(period.spent) > 1 else []
     priced = any(each.amounts for each in period.spent)
@@ -200,13 +202,15 @@ def _spent(period: Period) -> list[Block]:
     return [Table((*head, *(["money"] if priced else [])), body)]
 
 
-def _cut(found: Sequence[Spent]) -> Iterator[Spent]:
-    """Yield the largest groups, and the others together, by device model."""
-    if len(found) <= MOST_GROUPS + 1:
+def _cut(found: Sequence[Spent], named: Container[str]) -> Iterator[Spent]:
+    """Yield the largest groups and those that are named, and the others together, by device
+    model.
+    """
+    rest = [each for each in found[MOST_GROUPS:] if each.group not in named]
+    if len(rest) <= 1:
         yield from found
         return
-    yield from found[:MOST_GROUPS]
-    rest = found[MOST_GROUPS:]
+    yield from (each for each in found if each not in rest)
     for device in sorted({each.device for each in rest}):
         same = [each for each in rest if each.device == device]
         yield together(same, how_many(len(same), "other"))
@@ -354,8 +358,8 @@ def _verdicts(period: Period) -> list[Block]:
 
 
 def _within(period: Period, history: VerdictHistory) -> list[ReleaseRecord]:
-    """Return the releases of a period; days compare as text."""
-    return [each for each in history["releases"] if period.first <= each["created"] < period.until]
+    """Return the releases of a period, after which none is known; days compare as text."""
+    return [each for each in history["releases"] if each["created"] >= period.first]
 
 
 def _release_row(history: VerdictHistory, each: ReleaseRecord) -> list[str]:
@@ -472,6 +476,11 @@ def _of(hours: float, allowed_h: float) -> str:
 
 def _name(text: str) -> str:
     return one_line(text, _NAME)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(_name, names[:SHOWN])) + more
 
 
 # -- terminal -------------------------------------------------------------------------------------
