@@ -1,9 +1,10 @@
-"""Take the documentation's pictures of the MLflow UI, of the newest run under a root.
+"""Take the documentation's pictures of a report and of the MLflow UI, of the newest run under a
+root.
 
     python docs/screenshot.py [--root mlruns] [--out docs]
 
 Starts `mlflow ui` on a free loopback port over the store of `--root`, opens what PICTURES names in
-a headless Chromium, and ends both. Needs `pip install selenium`, Chromium and its driver.
+a headless Chromium, and ends both. `report.png` is the first screen of the run's report.html. Needs `pip install selenium`, Chromium and its driver.
 """
 
 from __future__ import annotations
@@ -84,6 +85,9 @@ PICTURES: dict[str, tuple[Page, str, tuple[int, int]]] = {
 """Pictures: the page, a text that it shows when it is there, and its size in pixels."""
 
 
+REPORT_SIZE = (1200, 1500)
+
+
 def newest(root: Path) -> tuple[Any, list[Any]]:
     """Return the newest run that made a model as MLflow has it, and its stages."""
     run_id = (root / "latest").resolve().name
@@ -146,6 +150,7 @@ def main() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = f"http://127.0.0.1:{port}"
+    report = (args.root / "latest/report.html").resolve().as_uri()
     store = f"sqlite:///{args.root.resolve() / 'mlflow.db'}"
     command = [
         *(sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store),
@@ -162,6 +167,7 @@ def main() -> None:
             driver = shutil.which("chromedriver")
             browser = webdriver.Chrome(options=options, service=Service(driver))
             try:
+                take(browser, report, "Comparisons", REPORT_SIZE, args.out / "report.png")
                 for name, (page, text, size) in PICTURES.items():
                     take(browser, page(server, parent, children), text, size, args.out / name)
                     print(f"saved {args.out / name}", flush=True)

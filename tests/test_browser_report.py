@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import axe, chromium, complaints, emulate, fetched, resize
-from make_result import ARMS
+from make_result import ARMS, make_result
+from test_chargeback import PERIOD, a_row
+from test_history import a_verdict, write_gate
 from test_report_page import material
+from test_weekly import write_run
 
+from pipeline.cli.commands import weekly
+from pipeline.compare.attribution import Attribution, Effect, Effects, unknown
+from pipeline.report import attribution
 from pipeline.report.comparing import Side, page_of
 from pipeline.report.material import Material
 from pipeline.report.page import page
 from pipeline.report.run_report import html_report
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
-PAGES = (*sorted(ARMS), "comparison")
+PAGES = (*sorted(ARMS), "comparison", "weekly", "attribution")
 PHONE_PX = 360
 
 
@@ -27,9 +34,45 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield found
 
 
+def attributed() -> str:
+    """Return the page of two parts, of which one pays."""
+
+    def effects(hours: Effect) -> Effects:
+        quality = Effect(0.001, (-0.004, 0.006))
+        return Effects(hours=hours, quality=quality, serving=unknown("not served"), margin=0.01)
+
+    saves, costs = effects(Effect(0.31, (0.28, 0.34))), effects(Effect(-0.12, (-0.2, -0.05)))
+    found = Attribution(
+        arm="student",
+        base="teacher",
+        says={"precision": "precision=bf16, not fp32", "int8": "stage int8 (quantize)"},
+        left_out={"precision": saves, "int8": costs},
+        shapley={"precision": saves, "int8": costs},
+        together=effects(Effect(0.22, (0.1, 0.3))),
+        lacking=[],
+        key="bits_per_byte",
+        runs=["run-1"],
+        level=0.95,
+        seeds=3,
+    )
+    return page(*attribution.page_of(found, make_result("distill"), "python -m pipeline attribute"))
+
+
+def a_week(root: Path, empty_store: Path) -> str:
+    """Return the page of a period with runs, waste, forecasts and releases."""
+    root.mkdir()
+    shutil.copy(empty_store, root / "mlflow.db")
+    write_run(root, "run-a", [a_row()], budget_h=4.0)
+    for n in range(1, 5):
+        write_gate(root, a_verdict(n, saving=0.2 + n / 1000))
+    out = root / "weekly"
+    assert weekly.main([*PERIOD, "--root", str(root), "--out", str(out)]) == 0
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the address of a page of every recipe, and of a comparison."""
+def pages(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> dict[str, str]:
+    """Return the address of a page of every recipe, and of those of other commands."""
     folder = tmp_path_factory.mktemp("pages")
     texts = {recipe: html_report(material(recipe)) for recipe in ARMS}
     sides = [
@@ -40,6 +83,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         for recipe, steps in (("distill", 200), ("quantize", 300))
     ]
     texts["comparison"] = page(*page_of(sides, "python -m pipeline compare a b"))
+    texts["weekly"] = a_week(folder / "store", empty_store)
+    texts["attribution"] = attributed()
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return {name: (folder / f"{name}.html").as_uri() for name in texts}

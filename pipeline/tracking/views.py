@@ -46,7 +46,7 @@ BARS = ("quality/primary", "compute/device_seconds", "compute/run_device_seconds
 COST, QUALITY = "compute/device_seconds", PRIMARY_KEY
 ALWAYS = ("quality/primary", "compute/device_seconds", "compute/wall_s")
 """What no run lacks that made a model: parallel coordinates leave out a run that lacks one."""
-SECTIONS = ("train", "quality", "serving", "savings", "compute", "cost", "gate")
+SECTIONS = ("train", "quality", "serving", "savings", "compute", "forecast", "cost", "gate")
 """Of all other charts, which the UI makes by itself, shut until somebody opens them; `train` is
 open.
 """

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cli.options import read_options
 from pipeline.config.arms import STUDENT_INIT
 from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError, one_line
@@ -81,35 +82,27 @@ def read_settings(argv: Sequence[str]) -> Settings:
     Raises:
         UserError: Naming the option.
     """
-    given: dict[str, str] = {}
-    runs: list[str] = []
-    pending = iter(argv)
-    for arg in pending:
-        name, equals, value = arg.partition("=")
-        if name == BUDGET:
-            given[name] = value
-        elif not arg.startswith("-") and not equals:
-            runs.append(arg)
-        elif name in FLAGS and not equals:
-            given[name] = ""
-        elif name in OPTIONS:
-            found = value if equals else next(pending, None)
-            if not found:
-                raise Unparsable(name, "has no value", f"write {name} VALUE")
-            given[name] = found
-        else:
-            raise Unparsable(one_line(arg, 80), "is no option of attribute", "--help lists them")
+    read = read_options(
+        argv, "attribute", OPTIONS, flags=FLAGS, takes_names=True, takes_empty=False
+    )
+    given = read.values
+    runs = [each for each in read.names if "=" not in each]
+    hours: float | None = None
+    for word in (each for each in read.names if "=" in each):
+        name, _, value = word.partition("=")
+        if name != BUDGET:
+            raise Unparsable(one_line(word, 80), "is no option of attribute", "--help lists them")
+        hours = _hours(value)
     if len(runs) != 1:
         raise UserError("RUN", f"{len(runs)} runs were named", "give one")
-    out = given.get("--out")
     return Settings(
         run=runs[0],
         root=Path(given.get("--root", "mlruns")).expanduser(),
         arm=given.get("--arm"),
         base=given.get("--base"),
-        out=None if out is None else Path(out).expanduser(),
+        out=Path(given["--out"]).expanduser() if "--out" in given else None,
         leave_one_out="--leave-one-out" in given,
-        budget_h=_hours(given[BUDGET]) if BUDGET in given else None,
+        budget_h=hours,
     )
 
 
