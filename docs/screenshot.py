@@ -4,7 +4,8 @@ root.
     python docs/screenshot.py [--root mlruns] [--out docs]
 
 Starts `mlflow ui` on a free loopback port over the store of `--root`, opens what PICTURES names in
-a headless Chromium, and ends both. `report.png` is the first screen of the run's report.html. Needs `pip install selenium`, Chromium and its driver.
+a headless Chromium, and ends both. `report.png` is the first screen of the run's report.html. Needs
+`pip install selenium`, Chromium and its driver.
 """
 
 from __future__ import annotations
