@@ -381,7 +381,8 @@ def test_a_run_on_two_device_models_has_a_budget_that_is_not_compared(
     rows = [a_row("teacher", device="NVIDIA A100"), a_row()]
     write_run(root, "run-1", rows, budget_h=2.0)
     shown = weekly()
-    assert shown.badge == "NO BUDGET"
+    assert shown.badge == "NOT COMPARED"
+    assert shown.verdict.endswith("No budget that a run declared can be compared.")
     note = "1 run with a budget used several device models, whose hours are not added: left out"
     assert note in shown.prose("notes")
 
@@ -670,11 +671,17 @@ def test_deleted_foreign_and_undelivered_runs_are_said(root: Path, weekly: Weekl
 
 
 def test_reused_hours_are_not_spent(root: Path, weekly: Weekly) -> None:
-    """The teacher's 32 minutes are another run's; 22 + 9 are this one's."""
-    write_run(root, "run-1", [a_row("teacher", reused="run-0"), a_row()])
-    shown = weekly()
-    assert shown.table("spent")[1][3] == "0.517"
-    said = "0.533 device-hours on NVIDIA H200 were reused: they were spent earlier, and count there"
+    """The teacher's 32 minutes are another run's, on another device model, which is none of those
+    that were used; 22 + 9 are this one's.
+    """
+    teacher = a_row("teacher", reused="run-0", device="NVIDIA A100")
+    write_run(root, "run-1", [teacher, a_row()])
+    shown = weekly("--budget", "1")
+    assert shown.verdict == (
+        "0.517 device-hours on NVIDIA H200 in 1 run. 0.517 of 1.00 allowed device-hours."
+    )
+    assert len(shown.table("spent")) == 2
+    said = "0.533 device-hours on NVIDIA A100 were reused: they were spent earlier, and count there"
     assert said in shown.prose("notes")
 
 

@@ -82,9 +82,14 @@ class Period:
     notes: Sequence[str] = ()
 
     @property
+    def spending(self) -> list[Spent]:
+        """What was spent, without those who only reused."""
+        return [each for each in self.spent if each.device_h > 0]
+
+    @property
     def devices(self) -> list[Spent]:
         """What was spent on each device model."""
-        return by_device(self.spent, ALL)
+        return by_device(self.spending, ALL)
 
 
 def page_of(period: Period) -> tuple[Head, list[Section]]:
@@ -135,6 +140,8 @@ def _against_budget(period: Period) -> tuple[str, str, str]:
         for device, each in own.items()
         if each.num
     ]
+    if not said and period.own.num_mixed:
+        return "NOT COMPARED", "undecided", "No budget that a run declared can be compared."
     if not said:
         return "NO BUDGET", "undecided", NO_BUDGET
     over = any(each.spent_h > each.allowed_h for each in own.values() if each.num)
@@ -161,7 +168,7 @@ def _against_groups(period: Period) -> tuple[str, str, str]:
     over: list[str] = []
     apart: list[str] = []
     for group, allowed_h in period.budgets_h.items():
-        own = [each for each in period.spent if each.group == group]
+        own = [each for each in period.spending if each.group == group]
         if len(own) > 1:
             apart.append(group)
         elif own and own[0].device_h > allowed_h:
@@ -186,10 +193,10 @@ def _own_words(own: OwnBudgets) -> str:
 
 
 def _spent(period: Period) -> list[Block]:
-    shown = list(_cut(period.spent, period.budgets_h))
-    silent = [each for each in period.budgets_h if each not in {s.group for s in period.spent}]
-    totals = period.devices if len(period.spent) > 1 else []
-    priced = any(each.amounts for each in period.spent)
+    shown = list(_cut(period.spending, period.budgets_h))
+    silent = [each for each in period.budgets_h if each not in {s.group for s in period.spending}]
+    totals = period.devices if len(period.spending) > 1 else []
+    priced = any(each.amounts for each in period.spending)
     rows = [(each, _of_group(period, each)) for each in shown]
     rows += [(each, _of_all(period, each)) for each in totals]
     body = [_row(each, allowed, priced=priced) for each, allowed in rows]
@@ -230,9 +237,9 @@ def _row(each: Spent, allowed: str, *, priced: bool) -> list[str]:
 def _of_group(period: Period, each: Spent) -> str:
     """Return what a group spent on a device model of what it may."""
     if period.budget_h is not None:
-        return _of(each.device_h, period.budget_h) if len(period.spent) == 1 else "-"
+        return _of(each.device_h, period.budget_h) if len(period.spending) == 1 else "-"
     if period.budgets_h:
-        alone = sum(own.group == each.group for own in period.spent) == 1
+        alone = sum(own.group == each.group for own in period.spending) == 1
         allowed_h = period.budgets_h.get(each.group) if alone else None
         return "-" if allowed_h is None else _of(each.device_h, allowed_h)
     return _own_cell(period.own.by_place.get((each.group, each.device), OwnBudgets()))
@@ -262,19 +269,22 @@ def _money(each: Spent) -> str:
 
 
 def _waste(period: Period) -> list[Block]:
-    if not period.spent:
+    if not period.spending:
         return []
     blocks: list[Block] = [
         Prose(" ".join(_wasted_words(each, len(period.devices) > 1) for each in period.devices))
     ]
     shown, rest = period.losses[:MOST_CAUSES], period.losses[MOST_CAUSES:]
+    several = len({each.device for each in period.losses}) > 1
     if shown:
-        several = len({each.device for each in period.losses}) > 1
         head = ("cause", *(["device"] if several else []), "device-hours", "share")
         body = [_loss_row(each, several=several) for each in shown]
         blocks.append(Table((*head, "most in", "first thing to try"), body))
     if rest:
-        listed = ", ".join(f"{each.cause} {_h(each.device_h)}" for each in rest)
+        listed = ", ".join(
+            f"{each.cause} {_h(each.device_h)}{f' on {_name(each.device)}' if several else ''}"
+            for each in rest
+        )
         blocks.append(Prose(f"Not shown: {listed}."))
     return blocks
 
@@ -423,7 +433,7 @@ def _chart(name: str, history: VerdictHistory, releases: Sequence[ReleaseRecord]
 
 
 def _notes(period: Period) -> list[str]:
-    priced = any(each.amounts for each in period.spent)
+    priced = any(each.amounts for each in period.spending)
     parts = [
         (lambda each: each.unpriced_h if priced else 0.0, "have no declared rate: money leaves"),
         (lambda each: each.device_h - each.known_h, "do not tell waste: shares leave"),
@@ -437,7 +447,7 @@ def _notes(period: Period) -> list[str]:
     said += [
         f"{_h(each.reused_h)} device-hours on {_name(each.device)} were reused: they were spent"
         " earlier, and count there"
-        for each in period.devices
+        for each in by_device(period.spent, ALL)
         if each.reused_h > 0
     ]
     said += [
