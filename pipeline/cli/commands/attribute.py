@@ -1,33 +1,42 @@
 """`python -m pipeline attribute RUN`: what each stage or setting of an arm brought, by leaving it
 out and by Shapley values.
 
-Arms that no run has yet are made by runs of their own, from recipe files that are left beside the
-report, and only within a `budget.device_hours` that is given. The same command goes on where one
-of them was stopped.
+Arms that no run has yet are made by runs of their own (`cli/variant_runs.py`), and only within a
+`budget.device_hours` that is given. The same command goes on where one of them was stopped.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.options import read_options
-from pipeline.config.arms import STUDENT_INIT
+from pipeline.cli.variant_runs import (
+    BUDGET,
+    Job,
+    Question,
+    changed_in,
+    composed,
+    existing,
+    finished,
+    jobs_of,
+    make,
+    recipe_of,
+    tracked_as,
+    types_of,
+    words_of,
+)
 from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError, one_line
 
 if TYPE_CHECKING:
-    from pipeline.compare.attribution import Coalition
     from pipeline.config.settings.run import Run
     from pipeline.runs.receipts.receipt import Kept
-    from pipeline.stages.variants import Arms, Parts, Placed
 
 USAGE = """Usage: python -m pipeline attribute RUN [options] [budget.device_hours=HOURS]
 
@@ -46,7 +55,6 @@ may take; without it, the forecast of them is printed.
 Exit codes: 0 attributed as far as there are arms, 1 refused, 2 command line not parsable; those of
 a run that was stopped: 7 budget spent, 75 preempted, 130 interrupted."""
 OPTIONS, FLAGS = ("--arm", "--base", "--out", "--root"), ("--leave-one-out",)
-BUDGET = "budget.device_hours"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,64 +124,26 @@ def _hours(text: str) -> float:
     return hours
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A run that has arms which no run has yet.
-
-    Attributes:
-        recipe: Its recipe file's text.
-        arms: By coalition, the arms that are read from it.
-    """
-
-    recipe: str
-    arms: Mapping[Coalition, str]
-
-    @property
-    def name(self) -> str:
-        """The name of its recipe: the same arms of the same settings have the same."""
-        return f"attribute_{hashlib.sha256(self.recipe.encode()).hexdigest()[:12]}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """What is asked of a run, as far as its settings tell.
-
-    Attributes:
-        kept: The run's files.
-        run: Its settings.
-        places: Where the arms of the coalitions stand that are read, the base's and the whole's
-            among them.
-    """
-
-    kept: Kept
-    run: Run
-    arms: Arms
-    places: Mapping[Coalition, Placed]
-
-    @property
-    def parts(self) -> Parts:
-        """What the arm has and its base has not."""
-        return self.arms.parts
-
-
 def _all(settings: Settings, command: str, started_ns: int) -> int:
     """Find the arms, make those that are to be made, and report."""
     from pipeline.runs.attribution import Member, attribute
 
     question = _asked(settings)
-    own = _existing(question)
+    own = existing(question)
     members = {each: Member(question.kept, arm) for each, arm in own.items()}
     place = settings.out or settings.root / "attribute" / _name_of(question)
-    jobs = _jobs(question, own)
+    jobs = jobs_of(question, own)
     code, spent_h = int(Exit.DONE), 0.0
-    open_jobs: list[_Job] = []
+    open_jobs: list[Job] = []
     for job in jobs:
-        done = _finished(settings.root, job)
+        done = finished(settings.root, job)
         if done is None and settings.budget_h is not None and code == Exit.DONE:
-            code = _make(
-                job, place, question.kept, settings, settings.budget_h - spent_h, started_ns
-            )
-            done = _finished(settings.root, job)
+            left_h = settings.budget_h - spent_h
+            code = make(job, place, question.kept, settings.root, left_h, started_ns)
+            done = finished(settings.root, job)
+            if done is None and code == Exit.DONE:
+                print("note: that run made not all of its arms; its report says why")
+                continue
             code = int(Exit.DONE) if done is not None else code
         if done is None:
             open_jobs.append(job)
@@ -190,7 +160,7 @@ def _all(settings: Settings, command: str, started_ns: int) -> int:
 # -- which arms there are -------------------------------------------------------------------------
 
 
-def _asked(settings: Settings) -> _Question:
+def _asked(settings: Settings) -> Question:
     """Read the run, and find out what its parts are.
 
     Raises:
@@ -203,7 +173,7 @@ def _asked(settings: Settings) -> _Question:
     kept = read_run(_folder(settings))
     if kept.result.get("is_release_check"):
         raise UserError("RUN", "a release check has no recipe", "give a run of a recipe")
-    run = _composed(_recipe(kept, _changed(kept), _types(kept)), kept, settings.root)
+    run = composed(recipe_of(kept, changed_in(kept), types_of(kept)), kept, settings.root)
     arm = settings.arm or run.primary_arm
     base = settings.base or _base_of(run, arm)
     parts = parts_of(run, arm, base)
@@ -215,7 +185,7 @@ def _asked(settings: Settings) -> _Question:
     wanted = coalitions(parts.names)
     if settings.leave_one_out:
         wanted = [each for each in wanted if len(each) in (0, len(names) - 1, len(names))]
-    return _Question(kept, run, arms, {each: arms.place(each) for each in wanted})
+    return Question(kept, run, arms, {each: arms.place(each) for each in wanted})
 
 
 def _folder(settings: Settings) -> Path:
@@ -262,229 +232,7 @@ def _base_of(run: Run, arm: str) -> str:
     return min(whole)[1]
 
 
-def _existing(question: _Question) -> dict[Coalition, str]:
-    """Return the arms that the run itself has."""
-    from pipeline.runs.attribution import has_arm
-
-    return {
-        each: place.arm
-        for each, place in question.places.items()
-        if not place.changes
-        and place.arm not in question.arms.new
-        and has_arm(question.kept, place.arm)
-    }
-
-
-def _jobs(question: _Question, own: Mapping[Coalition, str]) -> list[_Job]:
-    """Return the runs that have what the run lacks: one for each change of its settings."""
-    lacking = [place for each, place in question.places.items() if each not in own]
-    changes = list({json.dumps(place.changes): place.changes for place in lacking}.values())
-    found: list[_Job] = []
-    for change in changes:
-        arms = {
-            each: place.arm
-            for each, place in question.places.items()
-            if each and place.changes == change
-        }
-        found.append(_Job(_variant(question, change, arms), arms))
-    return found
-
-
-# -- recipes --------------------------------------------------------------------------------------
-
-APART = ("tracking.", "budget.", "policy.", "question", "recipe")
-"""Settings that the command line has, or that no variant needs."""
-
-
-def _changed(kept: Kept) -> dict[str, Any]:
-    """Return the settings of a run that are not the defaults, by dotted name."""
-    from pipeline.store.artifacts import flat
-
-    settings = flat(kept.settings)
-    return {name: settings[name] for name in kept.start.get("changed", ()) if name in settings}
-
-
-def _types(kept: Kept) -> dict[str, str]:
-    """Return the types of a run's stages, in its order."""
-    types = {event["arm"]: event["type"] for event in kept.events if event["e"] == "stage_start"}
-    types |= {row["arm"]: row["type"] for row in kept.result["rows"]}
-    return {name: types[name] for name in kept.settings["stages"] if name in types}
-
-
-def _recipe(kept: Kept, changed: Mapping[str, Any], types: Mapping[str, str]) -> str:
-    """Return a recipe file's text.
-
-    Args:
-        changed: Its settings, by dotted name.
-        types: Of its stages, in the order in which they stand.
-    """
-    import yaml
-
-    nested: dict[str, Any] = {}
-    for name, value in changed.items():
-        if name.startswith(APART):
-            continue
-        *folders, last = name.split(".")
-        if folders[:1] == ["stages"] and folders[1] not in types:
-            continue
-        at = nested
-        for folder in folders:
-            at = at.setdefault(folder, {})
-        at[last] = value
-    stages = nested.setdefault("stages", {})
-    for name in types:
-        stages.setdefault(name, {})
-    placed = [{f"/stage@stages.{name}": each} for name, each in types.items()]
-    question = one_line(kept.result["question"], 200)
-    text = yaml.safe_dump({"defaults": placed, **nested}, sort_keys=False, allow_unicode=True)
-    return f"# {question}\n{text}"
-
-
-def _variant(question: _Question, change: Mapping[str, Any], arms: Mapping[Coalition, str]) -> str:
-    """Return the recipe that has arms, and the base beside them.
-
-    Args:
-        change: Settings that it has in place of the run's.
-    """
-    from pipeline.runs.changed import stage_defaults
-    from pipeline.stages.base import STUDENT_SOURCE, student_source
-    from pipeline.stages.table import STAGES
-    from pipeline.stages.variants import needed
-
-    kept, run, new = question.kept, question.run, question.arms.new
-    names = needed(run, new, [question.parts.base, *arms.values()])
-    known = _types(kept)
-    types = {name: new[name].type if name in new else known[name] for name in names}
-    changed = _changed(kept)
-    for name in (each for each in names if each in new):
-        defaults = stage_defaults(STAGES[new[name].type])
-        changed |= {
-            f"stages.{name}.{key}": value
-            for key, value in new[name].settings.items()
-            if value != defaults.get(key)
-        }
-    reads = [run.stages[name].references(run) for name in names if name in run.stages]
-    if any(STUDENT_SOURCE in each for each in reads) or any(
-        each.settings.get("model") == STUDENT_INIT for each in new.values()
-    ):
-        changed["student.source"] = student_source(run)  # else it follows the stages that are left
-    changed["primary_arm"] = arms[max(arms, key=len)]
-    changed["allow_no_speedup"] = True
-    changed["compare"] = _compared(question, arms)
-    return _recipe(kept, {**changed, **change}, types)
-
-
-def _compared(question: _Question, arms: Mapping[Coalition, str]) -> list[dict[str, Any]]:
-    """Return the pairs of a variant: each arm with the base, and the largest with those that lack
-    one part. Serving is read where the run reads it.
-    """
-    from pipeline.config.settings.run import Measure
-
-    whole, base = max(arms, key=len), question.parts.base
-    serves = any({Measure.serving, Measure.payback} & set(p.on) for p in question.run.compare)
-    serving = ["serving"] if serves else []
-    pairs = {(arm, base): ["quality", *serving] for arm in arms.values()}
-    for each, arm in arms.items():
-        if serves and len(each) == len(whole) - 1:
-            pairs.setdefault((arms[whole], arm), serving)
-    return [
-        {"arm": arm, "base": other, "on": on} for (arm, other), on in pairs.items() if arm != other
-    ]
-
-
-def _composed(recipe: str, kept: Kept, root: Path) -> Run:
-    """Return the settings that a recipe amounts to, here.
-
-    Raises:
-        UserError: If they are refused.
-    """
-    import contextlib
-    import io
-    import tempfile
-
-    from pipeline.cli import main as cli
-
-    found: list[Run] = []
-
-    def take(run: Run, *_: Any) -> int:
-        found.append(run)
-        return Exit.DONE
-
-    said = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(said):
-        Path(folder, "attribute.yaml").write_text(recipe, encoding="utf-8")
-        words = ["--recipe-dir", folder, "recipe=attribute", *_tracking(kept, root)]
-        cli.main(words, started_ns=time.monotonic_ns(), execute=take)
-    if not found:
-        why = one_line(said.getvalue().removeprefix("refused: "), 300)
-        raise UserError("RUN", f"its settings are refused here ({why})", "give another run")
-    return found[0]
-
-
-def _tracking(kept: Kept, root: Path) -> list[str]:
-    """Return how a variant is tracked: as the run was, in the same store."""
-    own = {name: value for name, value in _changed(kept).items() if name.startswith("tracking.")}
-    own["tracking.root"] = str(root)
-    own.pop("tracking.resume", None)
-    return [f"{name}={json.dumps(value)}" for name, value in own.items() if value is not None]
-
-
-# -- making them ----------------------------------------------------------------------------------
-
-
-def _finished(root: Path, job: _Job) -> Kept | None:
-    """Return the newest run of a job that has finished and made its arms; None: there is none."""
-    from pipeline.runs.attribution import has_arm, read_run
-
-    for folder in sorted(root.glob(f"runs/*-{job.name}-*"), reverse=True):
-        try:
-            kept = read_run(folder)
-        except UserError:
-            continue
-        if all(has_arm(kept, arm) for arm in job.arms.values()):
-            return kept
-    return None
-
-
-def _make(
-    job: _Job, place: Path, kept: Kept, settings: Settings, budget_h: float, started_ns: int
-) -> int:
-    """Run a job; return its exit code."""
-    from pipeline.cli import main as cli
-    from pipeline.runs.assemble import point_latest
-
-    if budget_h <= 0:
-        print(f"{BUDGET} is spent: the rest is not made", file=sys.stderr)
-        return Exit.BUDGET_SPENT
-    words = [*_words(job, place), *_tracking(kept, settings.root), f"{BUDGET}={budget_h!r}"]
-    print(f"making what is missing: {shlex.join(['python', '-m', 'pipeline', *words])}", flush=True)
-    latest = settings.root / "latest"
-    before = latest.resolve() if latest.is_symlink() else None
-    code = cli.main(words, started_ns=started_ns)
-    if before is not None:  # what the user ran last is the run that is looked at
-        point_latest(before)
-    return code
-
-
-def _words(job: _Job, place: Path) -> list[str]:
-    """Write a job's recipe; return what a command line says of it.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-    from pipeline.store.artifacts import write_text
-
-    folder = place / "recipes"
-    try:
-        write_text(folder / f"{job.name}.yaml", job.recipe)
-    except OSError as error:
-        raise UserError(
-            "--out", f"{folder} cannot be written ({error.strerror})", "give another folder"
-        ) from error
-    return ["--recipe-dir", str(folder), f"recipe={job.name}"]
-
-
-def _foretell(jobs: Sequence[_Job], place: Path, kept: Kept, settings: Settings) -> None:
+def _foretell(jobs: Sequence[Job], place: Path, kept: Kept, settings: Settings) -> None:
     """Say what the missing arms would take."""
     from pipeline.cli import main as cli
     from pipeline.ledger.attempted import attempted
@@ -503,7 +251,7 @@ def _foretell(jobs: Sequence[_Job], place: Path, kept: Kept, settings: Settings)
         return Exit.DONE
 
     for job in jobs:
-        words = [*_words(job, place), *_tracking(kept, settings.root)]
+        words = [*words_of(job, place), *tracked_as(kept, settings.root)]
         attempted(
             lambda words=words: cli.main(words, started_ns=time.monotonic_ns(), execute=look),
             lambda why: print(f"note: no forecast: {why}", file=sys.stderr),
@@ -536,13 +284,13 @@ def _recorded(root: Path, kept: Kept) -> Any | None:
     return None if found is None else RunSpread(found.sd_log, found.runs - 1)
 
 
-def _name_of(question: _Question) -> str:
+def _name_of(question: Question) -> str:
     """Return the name of the folder that an attribution goes to."""
     run_id, parts = question.kept.result["run_id"], question.parts
     return f"{run_id}-{parts.arm}-{parts.base}"
 
 
-def _show(found: Any, question: _Question, place: Path, command: str) -> None:
+def _show(found: Any, question: Question, place: Path, command: str) -> None:
     from pipeline.report.attribution import page_of, terminal
     from pipeline.report.markdown import pictures_of, sections_markdown
     from pipeline.report.page import page
