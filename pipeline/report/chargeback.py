@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -119,28 +118,35 @@ def _money(line: Line) -> str:
 
 def footnotes(found: Sequence[Line]) -> list[str]:
     """Return what has to be said of the figures of these lines."""
-    said: list[tuple[float, str]] = []
-    every = [line for line in found if line.kind == TOTAL]
-    unpriced_h = math.fsum(line.device_h for line in every if line.amount is None)
-    said.append((unpriced_h, "have no declared rate: money -"))
-    said.append(
+    asked: tuple[tuple[Callable[[Line], float], str], ...] = (
         (
-            math.fsum(line.energy_unread_h for line in every),
-            "have no energy reading and are not in energy",
-        )
-    )
-    said.append(
+            lambda line: line.device_h if line.amount is None else 0.0,
+            "have no declared rate: money -",
+        ),
+        (lambda line: line.energy_unread_h, "have no energy reading and are not in energy"),
+        (lambda line: line.waste_unknown_h, "do not tell waste; shares leave them out"),
         (
-            math.fsum(line.waste_unknown_h for line in every),
-            "do not tell waste; shares leave them out",
-        )
+            lambda line: line.device_h if line.gpu_h is None else 0.0,
+            "are on no GPU, or of runs that do not say: GPU-h -",
+        ),
     )
-    no_gpu_h = math.fsum(line.device_h for line in every if line.gpu_h is None)
-    said.append((no_gpu_h, "are on no GPU, or of runs that do not say: GPU-h -"))
-    return [
-        *(f"{_hours(hours)} device-hours {text}" for hours, text in said if hours > 0),
-        *_several_lines(found),
-    ]
+    said = [f"{hours} {text}" for read, text in asked if (hours := _by_device(found, read))]
+    return [*said, *_several_lines(found)]
+
+
+def _by_device(found: Sequence[Line], read: Callable[[Line], float]) -> str:
+    """Return hours of all lines in words, those of different device models apart; empty where
+    there are none.
+    """
+    hours: dict[str, float] = {}
+    for line in found:
+        if line.kind == TOTAL:
+            hours[line.device] = hours.get(line.device, 0.0) + read(line)
+    known = {device: each for device, each in hours.items() if each > 0}
+    if len(hours) == 1:
+        return "".join(f"{_hours(each)} device-hours" for each in known.values())
+    said = (f"{_hours(each)} on {one_line(device, 60)}" for device, each in known.items())
+    return f"device-hours ({', '.join(said)})" if known else ""
 
 
 def _several_lines(found: Sequence[Line]) -> list[str]:
