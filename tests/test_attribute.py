@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from here import here
 from test_run import TINY
 
+from pipeline.cli.commands import attribute
 from pipeline.cli.commands.attribute import main
 from pipeline.cli.main import main as compose_main
 from pipeline.compare.attribution import coalitions
@@ -209,8 +213,11 @@ def test_parts_are_read_off_arms_that_exist_and_are_made_within_a_budget_alone(
     else:
         assert float(times) == pytest.approx(1 - saved / 100, rel=0.06)
 
+    latest = (root / "latest").readlink()
     assert main(["latest", "budget.device_hours=0.000001"]) == 7
-    assert "budget.device_hours" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "budget.device_hours" in told.err
+    assert "the same command with a larger budget.device_hours goes on" in told.out
     name = before[-1]
     assert main(["latest", "budget.device_hours=1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -226,6 +233,18 @@ def test_parts_are_read_off_arms_that_exist_and_are_made_within_a_budget_alone(
     assert runs_in(root) == after
     again = " ".join(capsys.readouterr().out.split())
     assert again.partition("what each part")[2] == said.partition("what each part")[2]
+    assert (root / "latest").readlink() == latest  # what the user ran last
+
+    made = next(iter((root / "runs").glob("*-attribute_*"))) / "result.json"
+    result = json.loads(made.read_text())
+    result["device"] |= {"name": "NVIDIA H200", "count": 8}
+    made.write_text(json.dumps(result))
+    assert main(["latest"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    together = said.partition("all together:")[2]
+    assert "training: - (" in together  # the base's hours are another device's
+    assert "ran on 1 x" in together
+    assert "quality: - (" not in together
 
 
 @pytest.mark.slow
@@ -245,14 +264,40 @@ def test_the_recipe_that_is_left_makes_the_arms_by_itself(place: Path) -> None:
     assert {row["arm"] for row in result["rows"]} == {"plain", "both", "small", "both_2"}
 
 
+def test_how_the_process_began_is_paid_by_the_first_run_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two jobs in one process: the second one's clock begins with it."""
+    job = attribute.Job("recipe", {})
+    done: list[Any] = []
+    since: list[int] = []
+
+    def make(*args: Any) -> int:
+        since.append(args[-1])
+        result = {"run": {"spent": {"value": 0.1}}}
+        done.append(SimpleNamespace(result=result))
+        return 0
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(attribute, "jobs_of", lambda *_: [job, job])
+    asked = count()  # before and after each of the two
+    monkeypatch.setattr(attribute, "finished", lambda *_: done[-1] if next(asked) % 2 else None)
+    monkeypatch.setattr(attribute, "make", make)
+    before = time.monotonic_ns()
+    assert main(["latest", "budget.device_hours=1"], 5) == 0
+    assert since[0] == 5
+    assert since[1] > before
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [
         (["nowhere"], 1, "RUN: there is no run nowhere"),
-        (["latest", "other"], 1, "RUN: 2 runs were named"),
+        (["latest", "other"], 1, "RUN: 2 are named"),
         (["latest", "--arm", "x"], 1, "--arm: 'x' is no arm of this run"),
         (["latest", "--base", "both"], 1, "--arm: both and both do not differ"),
         (["latest", "budget.device_hours=soon"], 1, "'soon' is no number of hours"),
+        (["latest", *["budget.device_hours=1"] * 2], 1, "budget.device_hours: is given twice"),
         (["latest", "budget.device_hours=nan"], 1, "'nan' is no number of hours"),
         (["latest", "--out"], 2, "--out: has no value"),
         (["latest", "--fast"], 2, "--fast: is no option of attribute"),
@@ -311,3 +356,21 @@ def test_stages_are_left_out_and_served_in_turns(
     assert served is not None
     arms = {(arm, base) for arm, base, *_ in served["seconds"]}
     assert {("student_int8_2", "teacher"), ("student_int8", "student_int8_2")} <= arms
+
+
+@pytest.mark.slow
+def test_what_has_no_effect_without_a_part_keeps_no_arm_from_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """decay_fraction says something of one schedule alone."""
+    monkeypatch.chdir(tmp_path)
+    own = "{schedule: constant_then_decay, decay_fraction: 0.3, learning_rate: 0.001}"
+    text = RECIPE.replace("{model: base, start_batch_size: 2, growth_fraction: 0.75}", own)
+    text = text.replace("primary_arm: both", "primary_arm: small").replace(
+        "arm: both", "arm: small"
+    )
+    done = here(tmp_path, *recipes(tmp_path / "own", text), *TINY, *QUIET)
+    assert done.returncode == 0, done.stderr
+    assert main(["latest", "budget.device_hours=1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("its share of all, training:") == 2

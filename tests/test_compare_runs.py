@@ -70,13 +70,13 @@ def test_settings_that_differ_come_first(write: Write, capsys: pytest.CaptureFix
     ]
     rows = root.xpath("//section[@aria-labelledby='settings']//tr")
     assert [[text_of(cell) for cell in row.xpath("./*")] for row in rows] == [
-        ["setting", "aaaa1111", "bbbb2222"],
+        ["setting", "distill aaaa1111", "distill bbbb2222"],
         ["training.batch_size", "-", "8"],
         ["training.steps", "200", "300"],
     ]
     assert {"quality-hours", "quality-serving", "hours", "arms"} <= {*figures(root)}
     names = [text_of(each) for each in root.xpath("//figure[@id='figure-arms']//tbody//th")]
-    assert names[0] == "teacher, aaaa1111"
+    assert names[0] == "teacher, distill aaaa1111"
     assert len(names) == 8
     assert any(Path("mlruns/compare").glob("*/report.md"))
     assert any(Path("mlruns/compare").glob("*/arms.png"))
@@ -87,7 +87,7 @@ def test_settings_that_differ_come_first(write: Write, capsys: pytest.CaptureFix
     [
         (
             {"device": {"kind": "cuda", "name": "H200", "count": 1}},
-            "They ran on different devices (aaaa1111: 1 x",
+            "They ran on different devices (distill aaaa1111: 1 x",
             {"quality-hours", "quality-serving"},
         ),
         (
@@ -100,7 +100,7 @@ def test_settings_that_differ_come_first(write: Write, capsys: pytest.CaptureFix
             "Serving was read by other settings",
             {"quality-serving"},
         ),
-        ({"status": "FAILED", "why": "no room"}, "bbbb2222 ended FAILED: no room.", set()),
+        ({"status": "FAILED", "why": "no room"}, "distill bbbb2222 ended FAILED: no room.", set()),
     ],
 )
 def test_what_cannot_be_compared_is_not_drawn_together(
@@ -123,9 +123,9 @@ def test_other_data_and_a_disturbed_machine_are_said(write: Write) -> None:
     write("20261130-bbbb2222", environment={**first, "data_digest": "2" * 32}, rows=[row])
     assert main(["20261130-aaaa1111", "20261130-bbbb2222"]) == 0
     assert cautions(page()) == [
-        "They read different data (aaaa1111: 111111111111, bbbb2222: 222222222222): quality cannot"
-        " be compared.",
-        "bbbb2222: others used 40% of the machine while student was made.",
+        "They read different data (distill aaaa1111: 111111111111, distill bbbb2222: 222222222222):"
+        " quality cannot be compared.",
+        "distill bbbb2222: others used 40% of the machine while student was made.",
     ]
 
 
@@ -167,7 +167,7 @@ def test_a_run_is_an_id_latest_a_folder_or_mlflows(
         (["20261130-aaaa1111", "broken"], "has no result that can be read"),
         (
             ["20261130-aaaa1111", "classes"],
-            "RUN: these share no quality: aaaa1111 in bits per byte",
+            "RUN: these share no quality: distill aaaa1111 in bits per byte",
         ),
         (["20261130-aaaa1111", "\x1b[31m"], "is no run"),
     ],

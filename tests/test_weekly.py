@@ -324,7 +324,9 @@ def test_groups_have_budgets_of_their_own(root: Path, weekly: Weekly) -> None:
     given = ("--budget", "vision=1", "--budget=(no team)=1", "--budget", "audio=7")
     shown = weekly(*given)
     assert shown.badge == "OVER BUDGET"
-    assert shown.verdict.endswith("1 of 3 groups with a budget spent more than that: vision.")
+    assert shown.verdict.endswith(
+        "1 of 3 groups with a budget spent more than that: vision. Nothing was spent by audio."
+    )
     # a row says whose it is where its run does not
     owners = [row[0] for row in shown.table("spent")[1:]]
     assert owners == ["vision", "(no team)", "all", "audio"]
@@ -544,6 +546,36 @@ def test_at_most_five_causes_are_listed(root: Path, weekly: Weekly) -> None:
     assert shown.prose("waste").endswith(rest)
 
 
+def test_runs_over_their_own_budgets_are_named(root: Path, weekly: Weekly) -> None:
+    """31 minutes each; one was allowed six of them, and all together are within what they may."""
+    write_run(root, "run-a", [a_row()], budget_h=0.1)
+    write_run(root, "run-b", [a_row()], budget_h=4.0)
+    shown = weekly()
+    assert "1 run took more than its own budget: run-a" in shown.prose("notes")
+    assert shown.badge == "WITHIN BUDGET"
+
+
+def test_a_budget_of_a_group_that_spent_nothing_is_not_kept(root: Path, weekly: Weekly) -> None:
+    write_run(root, "run-a", [a_row()])
+    shown = weekly("--budget", "visoin=3")
+    assert shown.badge == "NOT COMPARED"
+    assert shown.verdict.endswith("Nothing was spent by visoin.")
+
+
+def test_a_database_of_others_is_not_touched(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other/mlflow.db"
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE experiments (x)")
+        database.commit()
+    before = path.read_bytes()
+    assert main([*PERIOD, "--root", str(path.parent)]) == 1
+    assert "holds no MLflow store" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 # -- forecasts ------------------------------------------------------------------------------------
 
 
@@ -559,7 +591,7 @@ def test_forecasts_are_held_against_what_came(root: Path, weekly: Weekly) -> Non
     write_run(root, "run-5", [], at=NOV + 30 * DAY, forecast=late)
     assert weekly().prose("forecasts") == (
         "Forecasts covered 2 of 3 runs (90% is what they claim), median error 10%, median width"
-        " 40%."
+        " 40%: of the parts that were foretold, as far as every one of them ended."
     )
 
 

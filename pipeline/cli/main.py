@@ -29,6 +29,7 @@ from pipeline.cli.recipes import (
     read_recipe,
     refuse_code_keys,
 )
+from pipeline.config.arms import VARIANT
 from pipeline.config.redaction import clean_output
 from pipeline.errors import (
     LINE,
@@ -486,14 +487,14 @@ def _can_be_read(recipe: Recipe) -> bool:
 
 def _given(args: list[str], recipe: Recipe | None) -> set[str]:
     """Return the settings that a user gave: on the command line, and in a recipe that does not
-    ship.
+    ship, unless another command wrote it.
     """
     from pipeline.cli.no_effect import given_keys, recipe_keys
 
     given = given_keys([arg for arg in args if not arg.startswith("-")])
-    return (
-        given if recipe is None or is_shipped(recipe) else given | recipe_keys(read_recipe(recipe))
-    )
+    if recipe is None or is_shipped(recipe) or recipe.name.startswith(VARIANT):
+        return given
+    return given | recipe_keys(read_recipe(recipe))
 
 
 def _typed(

@@ -63,18 +63,22 @@ def store_of(root: str | None, uri: str | None) -> str:
     return found
 
 
+TABLES = ("alembic_version", "experiments", "runs", "tags", "params", "latest_metrics")
+"""What a store of MLflow has, at least."""
+
+
 def _check_file(path: Path, key: str) -> None:
     remedy = "name the folder that holds mlflow.db, or deliver with python -m pipeline sync"
     if not path.is_file():
         raise UserError(key, f"there is no store {path}", remedy)
     try:
         with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as database:
-            known = database.execute(
-                "SELECT name FROM sqlite_master WHERE name = 'experiments'"
-            ).fetchone()
+            names = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
     except sqlite3.DatabaseError as error:
+        if "locked" in str(error):
+            remedy = "try again when the writer is done"
         raise UserError(key, f"{path} cannot be read ({error})", remedy) from None
-    if known is None:
+    if not set(TABLES) <= names:  # MLflow would make its own in there
         raise UserError(key, f"{path} holds no MLflow store", remedy)
 
 

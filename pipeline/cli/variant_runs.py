@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.arms import STUDENT_INIT
+from pipeline.config.arms import STUDENT_INIT, VARIANT
 from pipeline.errors import Exit, UserError, one_line
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Job:
     @property
     def name(self) -> str:
         """The name of its recipe: the same arms of the same settings have the same."""
-        return f"attribute_{hashlib.sha256(self.recipe.encode()).hexdigest()[:12]}"
+        return f"{VARIANT}{hashlib.sha256(self.recipe.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def recipe_of(kept: Kept, changed: Mapping[str, Any], types: Mapping[str, str]) 
     for name in types:
         stages.setdefault(name, {})
     placed = [{f"/stage@stages.{name}": each} for name, each in types.items()]
-    question = one_line(kept.result["question"], 200)
+    question = one_line(kept.result["question"], 200).replace("${", "$ {")
     text = yaml.safe_dump({"defaults": placed, **nested}, sort_keys=False, allow_unicode=True)
     return f"# {question}\n{text}"
 
@@ -178,7 +178,8 @@ def _variant(question: Question, change: Mapping[str, Any], arms: Mapping[Coalit
     ):
         changed["student.source"] = student_source(run)  # else it follows the stages that are left
     changed["primary_arm"] = arms[max(arms, key=len)]
-    changed["allow_no_speedup"] = True
+    if "quantize" in types.values():
+        changed["allow_no_speedup"] = True  # what each part brings is the question
     changed["compare"] = _compared(question, arms)
     return recipe_of(kept, {**changed, **change}, types)
 
@@ -217,9 +218,12 @@ def composed(recipe: str, kept: Kept, root: Path) -> Run:
 
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(said):
-        Path(folder, "attribute.yaml").write_text(recipe, encoding="utf-8")
-        words = ["--recipe-dir", folder, "recipe=attribute", *tracked_as(kept, root)]
-        cli.main(words, started_ns=time.monotonic_ns(), execute=take)
+        name = f"{VARIANT}of"
+        Path(folder, f"{name}.yaml").write_text(recipe, encoding="utf-8")
+        words = ["--recipe-dir", folder, f"recipe={name}", *tracked_as(kept, root)]
+        code = cli.main(words, started_ns=time.monotonic_ns(), execute=take)
+    if code == Exit.INTERRUPTED:
+        raise KeyboardInterrupt
     if not found:
         why = one_line(said.getvalue().removeprefix("refused: "), 300)
         raise UserError("RUN", f"its settings are refused here ({why})", "give another run")
@@ -254,19 +258,13 @@ def finished(root: Path, job: Job) -> Kept | None:
 def make(job: Job, place: Path, kept: Kept, root: Path, budget_h: float, started_ns: int) -> int:
     """Run a job; return its exit code."""
     from pipeline.cli import main as cli
-    from pipeline.runs.assemble import point_latest
 
     if budget_h <= 0:
         print(f"{BUDGET} is spent: the rest is not made", file=sys.stderr)
         return Exit.BUDGET_SPENT
     words = [*words_of(job, place), *tracked_as(kept, root), f"{BUDGET}={budget_h!r}"]
     print(f"making what is missing: {shlex.join(['python', '-m', 'pipeline', *words])}", flush=True)
-    latest = root / "latest"
-    before = latest.resolve() if latest.is_symlink() else None
-    code = cli.main(words, started_ns=started_ns)
-    if before is not None:  # what the user ran last is the run that is looked at
-        point_latest(before)
-    return code
+    return cli.main(words, started_ns=started_ns)
 
 
 def words_of(job: Job, place: Path) -> list[str]:

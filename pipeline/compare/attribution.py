@@ -45,6 +45,7 @@ from pipeline.tasks.quality import Mean, Quality, Ratio, Share
 Coalition: TypeAlias = frozenset[str]
 Contrast: TypeAlias = Mapping[Coalition, float]
 """By coalition, the weight of its reading."""
+NOT_KNOWN = "not known yet"
 MOST_PARTS = 6
 """Whose Shapley values take 64 arms."""
 
@@ -318,6 +319,8 @@ class Effects:
 
     def verdict(self) -> tuple[str, str]:
         """Return what it comes to in a word or two, and what to do."""
+        if self.hours.value is None and self.serving.value is None and self.quality.value is None:
+            return NOT_KNOWN, ""
         saved = [each.answer() for each in (self.hours, self.serving)]
         quality = self.quality.answer(self.margin)
         lost = self.quality.ends is not None and self.quality.ends[1] < -self.margin

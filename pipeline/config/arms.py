@@ -17,6 +17,10 @@ CANDIDATE, BASELINE = "candidate", "baseline"
 """The two arms of a release check, and the settings that refer to their artifacts."""
 
 
+VARIANT = "attribute_"
+"""What the recipes begin with that `attribute` writes, of a run's own settings."""
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """An arm that drafts for another one.

@@ -131,11 +131,13 @@ class Declared:
         by_place: By group and device model.
         num_mixed: Runs that had a budget and used several device models: whose hours are not added.
         num_earlier: Runs that had one and spent a part of it before the period.
+        over: Runs that took more than their own.
     """
 
     by_place: Mapping[Place, OwnBudgets] = field(default_factory=dict[Place, OwnBudgets])
     num_mixed: int = 0
     num_earlier: int = 0
+    over: Sequence[str] = ()
 
     def of(self, device: str) -> OwnBudgets:
         """Return the budgets of all groups on a device model."""
@@ -166,6 +168,7 @@ def own_budgets(
             in_period.setdefault(charge.run, []).append(charge)
     found: dict[Place, list[OwnBudgets]] = {}
     mixed = earlier = 0
+    over: list[str] = []
     for run in runs:
         if run.run not in in_period:
             continue
@@ -182,12 +185,15 @@ def own_budgets(
             continue
         whole_h = math.fsum(each.device_h for each in every)
         earlier += whole_h > math.fsum(each.device_h for each in in_period[run.run]) + ROUNDING_H
+        if whole_h > budget_h + ROUNDING_H:
+            over.append(run.run)
         own = OwnBudgets(allowed_h=budget_h, spent_h=whole_h, num=1)
         found.setdefault((group, next(iter(devices))), []).append(own)
     return Declared(
         by_place={place: _added(parts) for place, parts in found.items()},
         num_mixed=mixed,
         num_earlier=earlier,
+        over=over,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from pipeline.compare.attribution import Attribution, Effect, Effects, named
+from pipeline.compare.attribution import NOT_KNOWN, Attribution, Effect, Effects, named
 from pipeline.compare.statistics import LEVEL
 from pipeline.errors import one_line
 from pipeline.ledger.metrics import RELATIVE
@@ -27,6 +27,7 @@ from pipeline.report.text import wrap
 
 HEAD = ("part", "training hours", "quality", "serving time", "comes to")
 COLUMNS = ("hours", "quality", "serving")
+NO_USE = 100.0  # times: an interval this wide says nothing
 LEFT_OUT = "What leaving each part out would change"
 SHARES = "What each part brought, of all together"
 
@@ -61,8 +62,10 @@ def terminal(found: Attribution) -> list[str]:
     ]
     for name, effects in found.left_out.items():
         word, advice = effects.verdict()
-        lines += ["", f"{one_line(found.says[name], 100)}: {word}{f', {advice}' if advice else ''}"]
-        lines += _lines("without it", effects, found.key)
+        said = f"{word}, {advice}" if advice else word
+        lines += ["", f"{one_line(found.says[name], 100)}: {said}"]
+        if word != NOT_KNOWN:
+            lines += _lines("without it", effects, found.key)
         if name in found.shapley:
             lines += _lines("its share of all", found.shapley[name], found.key)
     lines += ["", "all together:", *_lines("", found.together, found.key), ""]
@@ -85,7 +88,8 @@ def notes(found: Attribution) -> list[str]:
         "Positive is saved, or gained. Hours are of each arm's whole chain, quality is"
         f" {found.key.replace('_', ' ')} on the test split, serving is read in turns with the"
         f" base. The intervals of a column hold together at {percent(LEVEL)}"
-        f" ({percent(found.level)} each); {how_many(found.seeds, 'seed')}."
+        f" (each at {percent(found.level)}, for as many parts); {how_many(found.seeds, 'seed')}."
+        " What a part comes to rests on leaving it out."
     ]
     if found.lacking:
         arms = "; ".join(named(each) for each in found.lacking)
@@ -169,6 +173,8 @@ def _shown(effect: Effect, symbol: str) -> str:
         value, word, shown = 100 * value, "", lambda share: f"{share:+.1f}"
         ends = None if ends is None else (100 * ends[0], 100 * ends[1])
     said = f"{shown(value)}{symbol}{word}"
+    if ends is not None and symbol == " times" and ends[1] > NO_USE * max(ends[0], 1e-9):
+        return f"{said} (its interval is too wide to say anything: more seeds or blocks would tell)"
     if ends is None:
         return f"{said} (no interval: {one_line(effect.why, 200)})"
     return f"{said} [{shown(ends[0])}, {shown(ends[1])}]"

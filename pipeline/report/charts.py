@@ -398,7 +398,7 @@ def curves(materials: Sequence[Material]) -> list[Block]:
     key = primary_key(materials[0].result).replace("_", " ")
     for name, title, axis in (
         ("validation", f"{key.capitalize()} on validation while training", f"{key} on validation"),
-        ("loss", "Loss while training", "loss of the objective (not one scale for all objectives)"),
+        ("loss", "Loss while training", "loss (each objective has its own scale)"),
     ):
         series = [
             Series(

@@ -133,7 +133,7 @@ def _disturbed(side: Side) -> Iterator[str]:
 
 def differing(sides: Sequence[Side]) -> Table | None:
     """Return the settings that differ, and what the runs were made with; None where none does."""
-    about = [{**_environment(side), **side.settings} for side in sides]
+    about = [{**_environment(side), **_settings(side, sides)} for side in sides]
     names = sorted({name for own in about for name in own if name.partition(".")[0] not in APART})
     body: list[list[str]] = []
     for name in names:
@@ -141,6 +141,25 @@ def differing(sides: Sequence[Side]) -> Table | None:
         if len(set(values)) > 1:
             body.append([name, *values])
     return Table(("setting", *(side.name for side in sides)), body) if body else None
+
+
+def _settings(side: Side, sides: Sequence[Side]) -> dict[str, Any]:
+    """Return a run's settings, of the stages those alone that all runs have; the others by name."""
+    names = [{_stage_in(name) for name in each.settings} - {""} for each in sides]
+    shared = set[str].intersection(*names)
+    found = {
+        name: value
+        for name, value in side.settings.items()
+        if _stage_in(name) == "" or _stage_in(name) in shared
+    }
+    apart = sorted({_stage_in(name) for name in side.settings} - {""} - shared)
+    return {**found, "stages of this run alone": ", ".join(apart) or "none"} if names else found
+
+
+def _stage_in(name: str) -> str:
+    """Return the stage that a setting is of; empty: of none."""
+    section, _, rest = name.partition(".")
+    return rest.partition(".")[0] if section == "stages" else ""
 
 
 def _environment(side: Side) -> dict[str, Any]:

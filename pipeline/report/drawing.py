@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import one_line
+from pipeline.ledger.numbers import count
 from pipeline.report.blocks import Bars, Chart, Curves, Figure, Intervals, Scatter
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ LEGEND_IN = 0.19
 TOP_IN = 0.1
 LONGEST_LABEL = 40
 _MOODS = {"better": "good", "equal": "good", "worse": "bad", "undecided": "undecided"}
+MOST_SHOWN = 2.0
+"""Saved or cost, as a share of the base: beyond it an interval's end is an arrow, unless a value
+lies there.
+"""
 _MARKERS = "osD^vP*X"
 _HEAD = re.compile(r"^.*?(?=<svg )", re.DOTALL)
 _METADATA = re.compile(r"\s*<metadata>.*?</metadata>", re.DOTALL)
@@ -257,7 +262,11 @@ def _intervals(axes: Axes, chart: Intervals, colors: Palette) -> None:
             markerfacecolor=color if row.ends is not None else "none",
         )
     if chart.zero:
+        from matplotlib.ticker import MaxNLocator
+
         axes.axvline(0.0, color=colors.muted, linewidth=1.0)
+        _cut_off(axes, chart, colors.muted)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda v, _: f"{100 * v:+.3g}" if v else "0")
         _name_x(axes, f"{chart.axis}, %" if "points" not in chart.axis else chart.axis)
     else:
@@ -266,6 +275,23 @@ def _intervals(axes: Axes, chart: Intervals, colors: Palette) -> None:
     axes.set_ylim(len(chart.rows) - 0.4, -0.6)
     axes.grid(axis="x", color=colors.grid, linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _cut_off(axes: Axes, chart: Intervals, color: str) -> None:
+    """End the axis where intervals say nothing any more; those that go on have an arrow there."""
+    known = [row.value for row in chart.rows if row.value is not None]
+    if "points" in chart.axis:
+        return
+    left, right = axes.get_xlim()
+    ends = [max(left, min(-MOST_SHOWN, *known)), min(right, max(MOST_SHOWN, *known))]
+    axes.set_xlim(*ends)
+    for at, row in enumerate(chart.rows):
+        for end, marker, beyond in (
+            (ends[0], "<", row.ends is not None and row.ends[0] < ends[0]),
+            (ends[1], ">", row.ends is not None and row.ends[1] > ends[1]),
+        ):
+            if beyond:
+                axes.plot([end], [at], marker=marker, markersize=6, color=color, clip_on=False)
 
 
 def _scatter(axes: Axes, chart: Scatter, colors: Palette) -> None:
@@ -368,8 +394,9 @@ def _curves(axes: Axes, chart: Curves, colors: Palette) -> None:
         axes.axhline(chart.level, color=colors.muted, linewidth=1.0)
     if chart.log_x:
         axes.set_xscale("log")
-    _name_x(axes, f"{chart.x_axis}, as {symbol}" if is_hours else chart.x_axis)
-    axes.set_ylabel(f"{chart.y_axis}, as {tall_symbol}" if tall_symbol else chart.y_axis)
+        axes.xaxis.set_major_formatter(lambda value, _: count(value))
+    _name_x(axes, chart.x_axis.replace("hours", symbol, 1) if is_hours else chart.x_axis)
+    axes.set_ylabel(chart.y_axis.replace("hours", tall_symbol, 1) if tall_symbol else chart.y_axis)
     axes.grid(color=colors.grid, linewidth=0.6)
     axes.set_axisbelow(True)
     if len(chart.series) > 1:

@@ -338,9 +338,13 @@ def closing_lines(result: Result) -> list[str]:
     lost, taken = (duration(3600 * hours) for hours in (whole.device_hours or 0.0, spent or 0.0))
     first = f"wasted {percent(whole.share)} of this run ({lost} of {taken})"
     shown = sorted(found, key=lambda each: -(each[1].device_hours or 0.0))[:_TERMINAL_CAUSES]
+    wasted = [each for each in shown if each[1].kind == "wasted"]
+    others = [each for each in shown if each[1].kind != "wasted"]
     return [
-        first + (":" if shown else ""),
-        *(f"  {name}: {_in_words(cause)}" for name, cause in shown),
+        first + (":" if wasted else ""),
+        *(f"  {name}: {_in_words(cause)}" for name, cause in wasted),
+        *(["also large, and no waste:"] if others else []),
+        *(f"  {name}: {_in_words(cause)}" for name, cause in others),
     ]
 
 
@@ -356,7 +360,7 @@ def _all_causes(result: Result) -> Iterable[tuple[str, Cause]]:
 
 def _in_words(cause: Cause) -> str:
     taken = "" if cause.device_hours is None else f" ({duration(3600 * cause.device_hours)})"
-    kind = "" if cause.kind == "wasted" else f"{NO_BREAK}{cause.kind}"
+    kind = f"{NO_BREAK}{cause.kind}" if cause.kind.startswith("of ") else ""
     return f"{cause.name} {percent(cause.share)}{cause.of}{kind}{taken}" + (
         f": {cause.advice}" if cause.advice else ""
     )

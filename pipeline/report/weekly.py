@@ -167,8 +167,11 @@ def _against_total(period: Period, allowed_h: float) -> tuple[str, str, str]:
 def _against_groups(period: Period) -> tuple[str, str, str]:
     over: list[str] = []
     apart: list[str] = []
+    silent: list[str] = []
     for group, allowed_h in period.budgets_h.items():
         own = [each for each in period.spending if each.group == group]
+        if not own:
+            silent.append(group)
         if len(own) > 1:
             apart.append(group)
         elif own and own[0].device_h > allowed_h:
@@ -179,6 +182,10 @@ def _against_groups(period: Period) -> tuple[str, str, str]:
     if apart:
         why = "Not compared, as hours of different device models are not added"
         said.append(f"{why}: {_listed(apart)}.")
+    if silent:
+        said.append(f"Nothing was spent by {_listed(silent)}.")
+    if len(silent) == len(period.budgets_h):
+        return "NOT COMPARED", "undecided", " ".join(said)
     if apart and not over:
         return "NOT ALL COMPARED", "undecided", " ".join(said)
     return (*_answer(over=bool(over)), " ".join(said))
@@ -331,7 +338,8 @@ def _forecasts(found: Foreseen | None) -> list[Block]:
     return [
         Prose(
             f"Forecasts covered {found.covered} of {how_many(found.num, 'run')} (90% is what they"
-            f" claim), median error {percent(found.error)}, median width {percent(found.width)}."
+            f" claim), median error {percent(found.error)}, median width {percent(found.width)}:"
+            " of the parts that were foretold, as far as every one of them ended."
         )
     ]
 
@@ -463,6 +471,12 @@ def _notes(period: Period) -> list[str]:
 
 def _own_notes(own: Declared) -> list[str]:
     said: list[str] = []
+    if own.over:
+        names = ", ".join(_name(each) for each in own.over[:SHOWN])
+        more = f" and {len(own.over) - SHOWN} more" if len(own.over) > SHOWN else ""
+        runs = how_many(len(own.over), "run")
+        whose = agreed(len(own.over), "its own budget", "their own budgets")
+        said.append(f"{runs} took more than {whose}: {names}{more}")
     if own.num_earlier:
         whole = agreed(own.num_earlier, "all that it took counts", "all that they took counts")
         runs = how_many(own.num_earlier, "run with a budget", "runs with a budget")

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.config.arms import VARIANT
 from pipeline.errors import UserError
 from pipeline.ledger import metrics
 from pipeline.ledger.attempted import attempted, unmeasured
@@ -115,8 +116,9 @@ def finish(running: Running, status: str, why: str | None) -> Callable[[], str] 
         and row["artifact"]["kind"] == MODEL
         for row in running.book.rows
     )
-    if status == "FINISHED" and made and running.session.gate is None:
-        point_latest(running.session.folder)
+    own = not running.session.run.recipe.startswith(VARIANT)  # what the user ran last
+    if status == "FINISHED" and made and own and running.session.gate is None:
+        _point_latest(running.session.folder)
     # Only now may another attempt, or a delivery, take this folder.
     running.lock.release()
     writer = running.writer
@@ -294,8 +296,7 @@ def _compared(running: Running) -> Figures | None:
     return {name: running.book.served.conditions.get(name, lacking) for name in COMPARED}
 
 
-def point_latest(folder: Path) -> None:
-    """Have `latest` name a run's folder."""
+def _point_latest(folder: Path) -> None:
     link = folder.parent.parent / "latest"
     temporary = link.with_name(f".latest-{uuid.uuid4().hex}")
     temporary.symlink_to(folder.relative_to(link.parent))

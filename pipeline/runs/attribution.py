@@ -82,13 +82,19 @@ def attribute(parts: Parts, members: Members, recorded: RunSpread | None) -> Att
 
     def effects(contrast: Contrast) -> Effects:
         missing = [each for each in contrast if each not in members]
-        if missing:
-            why = unknown(f"{attribution.named(missing[0])} does not exist yet")
-            return Effects(hours=why, quality=why, serving=why, margin=margin)
+        why = [f"{attribution.named(missing[0])} does not exist yet"] if missing else []
+        why = why or [
+            said for each in contrast if (said := _other_models(members[each].kept, whole))
+        ]
+        if why:
+            nothing = unknown(why[0])
+            return Effects(hours=nothing, quality=nothing, serving=nothing, margin=margin)
+        elsewhere = [said for each in contrast if (said := _elsewhere(members[each].kept, whole))]
+        timed = unknown(elsewhere[0]) if elsewhere else None
         return Effects(
-            hours=reader.hours(contrast),
+            hours=timed or reader.hours(contrast),
             quality=reader.quality_of(contrast),
-            serving=reader.serving(contrast),
+            serving=timed or reader.serving(contrast),
             margin=margin,
         )
 
@@ -107,6 +113,24 @@ def attribute(parts: Parts, members: Members, recorded: RunSpread | None) -> Att
         level=level,
         seeds=len(whole.basis["seeds"]) if whole.basis is not None else 0,
     )
+
+
+def _other_models(kept: Kept, whole: Kept) -> str | None:
+    """Return why the arms of two runs are no variants of one recipe, or None."""
+    data = [each.result["environment"].get("data_digest") for each in (kept, whole)]
+    if data[0] != data[1]:
+        return f"{kept.result['run_id']} read other data"
+    if kept.booked["release"] != whole.booked["release"]:
+        return f"{kept.result['run_id']} was made by another release"
+    return None
+
+
+def _elsewhere(kept: Kept, whole: Kept) -> str | None:
+    """Return why the times of two runs cannot be compared, or None."""
+    ours, theirs = kept.result["device"], whole.result["device"]
+    if (ours["name"], ours["count"]) == (theirs["name"], theirs["count"]):
+        return None
+    return f"{kept.result['run_id']} ran on {ours['count']} x {one_line(ours['name'], 60)}"
 
 
 @dataclass(frozen=True, slots=True)

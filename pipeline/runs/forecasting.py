@@ -78,13 +78,13 @@ class Forecast:
         return self.record["totals"]["device_hours"]["expected"]
 
 
-def foresee(running: Running, known: BeforeRun | None, *, probes: bool = False) -> Forecast:
+def foresee(running: Running, known: BeforeRun | None, *, probes: bool | None = None) -> Forecast:
     """Return the forecast of a run that has not begun.
 
     Args:
         known: Of the model that is given; None in a release check.
         probes: Whether a few steps are taken of every training that was never seen here with these
-            settings; else of those alone that seem to take so long that the probe is nothing
+            settings; None: of those alone that seem to take so long that the probe is nothing
             beside them.
     """
     past = Past.read(_root(running), but=running.session.run_id)
@@ -102,7 +102,7 @@ class _Forecaster:
     running: Running
     known: BeforeRun | None
     past: Past
-    probes: bool
+    probes: bool | None
 
     def all(self) -> Forecast:
         """Return the forecast."""
@@ -189,7 +189,8 @@ class _Forecaster:
         if found is None:
             rough = self.past.foresee(part, "model", "kind") or self._by_flops(part)
             is_long = rough is not None and rough.seconds.estimate > LONG_S
-            found = (self._probed(part, now=True) if self.probes or is_long else None) or rough
+            takes_steps = is_long if self.probes is None else self.probes
+            found = (self._probed(part, now=True) if takes_steps else None) or rough
         return found
 
     def _by_flops(self, part: ForecastPart) -> Foreseen | None:
@@ -536,8 +537,9 @@ def _actual_hours(part: ForecastPart, own: list[Row], result: Result) -> float |
         row for row in own if stage_name(row["arm"]) == part["arm"] and row["seed"] == part["seed"]
     ]
     finished = any(row["status"] == "FINISHED" for row in rows)
+    skipped = bool(rows) and all(row["status"] == "SKIPPED" for row in rows)
     what: HoursPart = "assess" if part["what"] == "assess" else "work"
-    return sum(hours_in(row, what) for row in rows) if finished else None
+    return sum(hours_in(row, what) for row in rows) if finished or skipped else None
 
 
 def _sum_of(values: Iterator[float | None]) -> float | None:

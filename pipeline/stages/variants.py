@@ -133,7 +133,8 @@ def _before(run: Run, arm: str) -> str | None:
 def _same_kind(run: Run, arm: str, base: str) -> bool:
     """Tell whether two stages are of one type and read the same models."""
     ours, theirs = stages_of(run)[arm], stages_of(run)[base]
-    return type(ours) is type(theirs) and ours.inputs(run) == theirs.inputs(run)
+    alike = ours.inputs(run) == theirs.inputs(run) and ours.matched(run) == theirs.matched(run)
+    return type(ours) is type(theirs) and alike
 
 
 def _differing(run: Run, arm: str, base: str) -> Iterator[Part]:

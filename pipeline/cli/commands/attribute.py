@@ -54,6 +54,7 @@ may take; without it, the forecast of them is printed.
 
 Exit codes: 0 attributed as far as there are arms, 1 refused, 2 command line not parsable; those of
 a run that was stopped: 7 budget spent, 75 preempted, 130 interrupted."""
+STOPPED = (Exit.BUDGET_SPENT, Exit.PREEMPTED, Exit.INTERRUPTED)
 OPTIONS, FLAGS = ("--arm", "--base", "--out", "--root"), ("--leave-one-out",)
 
 
@@ -82,6 +83,9 @@ def main(argv: list[str], started_ns: int = 0) -> int:
     except UserError as error:
         print(f"refused: {error}", file=sys.stderr)
         return Exit.UNPARSABLE if isinstance(error, Unparsable) else Exit.REFUSED
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return Exit.INTERRUPTED
 
 
 def read_settings(argv: Sequence[str]) -> Settings:
@@ -100,9 +104,12 @@ def read_settings(argv: Sequence[str]) -> Settings:
         name, _, value = word.partition("=")
         if name != BUDGET:
             raise Unparsable(one_line(word, 80), "is no option of attribute", "--help lists them")
+        if hours is not None:
+            raise UserError(BUDGET, "is given twice", "give it once")
         hours = _hours(value)
     if len(runs) != 1:
-        raise UserError("RUN", f"{len(runs)} runs were named", "give one")
+        problem = "none is named" if not runs else f"{len(runs)} are named"
+        raise UserError("RUN", problem, "give one")
     return Settings(
         run=runs[0],
         root=Path(given.get("--root", "mlruns")).expanduser(),
@@ -131,29 +138,33 @@ def _all(settings: Settings, command: str, started_ns: int) -> int:
     question = _asked(settings)
     own = existing(question)
     members = {each: Member(question.kept, arm) for each, arm in own.items()}
-    place = settings.out or settings.root / "attribute" / _name_of(question)
+    name = f"{_name_of(question)}{'-leave-one-out' if settings.leave_one_out else ''}"
+    place = settings.out or settings.root / "attribute" / name
     jobs = jobs_of(question, own)
     code, spent_h = int(Exit.DONE), 0.0
     open_jobs: list[Job] = []
     for job in jobs:
         done = finished(settings.root, job)
-        if done is None and settings.budget_h is not None and code == Exit.DONE:
+        if done is None and settings.budget_h is not None and code not in STOPPED:
             left_h = settings.budget_h - spent_h
-            code = make(job, place, question.kept, settings.root, left_h, started_ns)
+            # how the process began is the first one's to pay
+            since_ns = time.monotonic_ns() if spent_h else started_ns
+            made = make(job, place, question.kept, settings.root, left_h, since_ns)
             done = finished(settings.root, job)
-            if done is None and code == Exit.DONE:
+            if done is None and made == Exit.DONE:
                 print("note: that run made not all of its arms; its report says why")
-                continue
-            code = int(Exit.DONE) if done is not None else code
+            code = code if done is not None else max(code, made)
+            spent_h += 0.0 if done is None else done.result["run"]["spent"]["value"] or 0.0
         if done is None:
             open_jobs.append(job)
-            continue
-        spent_h += done.result["run"]["spent"]["value"] or 0.0
-        members |= {each: Member(done, arm) for each, arm in job.arms.items()}
+        else:
+            members |= {each: Member(done, arm) for each, arm in job.arms.items()}
     found = attribute(question.parts, members, _recorded(settings.root, question.kept))
     _show(found, question, place, command)
-    if open_jobs and code == Exit.DONE:
+    if open_jobs and settings.budget_h is None:
         _foretell(open_jobs, place, question.kept, settings)
+    elif code == Exit.BUDGET_SPENT:
+        print(f"\nthe same command with a larger {BUDGET} goes on from here")
     return code
 
 
@@ -242,11 +253,13 @@ def _foretell(jobs: Sequence[Job], place: Path, kept: Kept, settings: Settings) 
     from pipeline.runs.opening import opened_aside
 
     highs: list[float] = []
+    unforeseen: list[str] = []
 
     def look(run: Any, *_: Any) -> int:
         with opened_aside(run, PhaseClock()) as (running, known):
-            hours = foresee(running, known).hours()
-        if hours is not None:
+            forecast = foresee(running, known)
+        unforeseen.extend(forecast.record["missing"])
+        if (hours := forecast.hours()) is not None:
             highs.append(hours["high"])
         return Exit.DONE
 
@@ -257,9 +270,16 @@ def _foretell(jobs: Sequence[Job], place: Path, kept: Kept, settings: Settings) 
             lambda why: print(f"note: no forecast: {why}", file=sys.stderr),
         )
     runs = how_many(len(jobs), "run")
-    if len(highs) == len(jobs):
+    if len(highs) == len(jobs) and not unforeseen:
         most = f"{BUDGET}={significant(sum(highs), 2)}"
         print(f"\n{runs} would make what is missing: add {most} (the upper end of its forecast)")
+    elif highs:
+        parts = ", ".join(dict.fromkeys(unforeseen))
+        print(
+            f"\n{runs} would make what is missing: add {BUDGET}=HOURS, above"
+            f" {significant(sum(highs), 2)}: that is without {one_line(parts, 200)}, of which"
+            " nothing is known here"
+        )
     else:
         print(
             f"\n{runs} would make what is missing: add {BUDGET}=HOURS (nobody knows how many yet)"

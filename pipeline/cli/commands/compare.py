@@ -22,6 +22,7 @@ from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError, one_line
 
 if TYPE_CHECKING:
+    from pipeline.ledger.shapes import Result
     from pipeline.report.comparing import Side
 
 USAGE = """Usage: python -m pipeline compare RUN RUN ... [options]
@@ -37,8 +38,6 @@ under another load are not drawn together, and a caution says so. Runs of other 
 
 Exit codes: 0 compared, 1 refused, 2 command line not parsable."""
 OPTIONS = ("--out", "--root", "--uri")
-SHORT = 8
-"""Characters of a run's id that its figures are named by, where they tell it apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +104,7 @@ def read_sides(settings: Settings) -> list[Side]:
             problem = f"{one_line(reference, 80)} is run {one_line(run_id, 80)}, which stands there"
             raise UserError("RUN", problem, "name each run once")
         found[run_id] = side
-    names = _names(list(found))
+    names = _names([side.material.result for side in found.values()])
     sides = [
         replace(side, material=replace(side.material, name=name))
         for side, name in zip(found.values(), names, strict=True)
@@ -114,13 +113,16 @@ def read_sides(settings: Settings) -> list[Side]:
     return sides
 
 
-def _names(run_ids: Sequence[str]) -> list[str]:
-    """Return the ends of ids, as short as tells them apart."""
-    for length in (SHORT, 16, 32):
-        names = [one_line(each, 200)[-length:] for each in run_ids]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{number}: {one_line(each, 60)}" for number, each in enumerate(run_ids, 1)]
+def _names(results: Sequence[Result]) -> list[str]:
+    """Return what runs are called: the recipe and the end of the id, as in MLflow's list."""
+    ids = [each["run_id"] for each in results]
+    names = [
+        f"{one_line(each['recipe'], 40)} {one_line(each['run_id'], 200).rpartition('-')[2][-8:]}"
+        for each in results
+    ]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{number}: {one_line(each, 60)}" for number, each in enumerate(ids, 1)]
 
 
 def _side(reference: str, settings: Settings) -> Side:

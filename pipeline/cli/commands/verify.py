@@ -12,7 +12,7 @@ from pipeline.cli.options import read_options
 from pipeline.config.redaction import clean_output
 from pipeline.config.text_files import why_no_file
 from pipeline.errors import Exit, Unparsable, UserError, one_line
-from pipeline.ledger.numbers import how_many
+from pipeline.ledger.numbers import agreed, how_many
 
 if TYPE_CHECKING:
     from pipeline.runs.receipts.verify import Found
@@ -77,7 +77,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
     if len(paths) != 1:
         problem = "none is named" if not paths else f"{len(paths)} are named"
         raise Unparsable("RECEIPT", problem, "name one receipt.json")
-    path = Path(paths[0]).expanduser()
+    path = _place(paths[0])
     store = _folder(given["--store"]) if "--store" in given else None
     return Settings(
         receipt=path / "receipt.json" if path.is_dir() else path,
@@ -85,6 +85,17 @@ def read_settings(argv: Sequence[str]) -> Settings:
         signers=_signers(given["--signers"]) if "--signers" in given else None,
         lists_all="--all" in given,
     )
+
+
+def _place(text: str) -> Path:
+    """Return the path that a receipt is named by; a run's id or `latest` stands for its folder in
+    mlruns.
+    """
+    path = Path(text).expanduser()
+    for own in (Path("mlruns") / text, Path("mlruns/runs") / text):
+        if not path.exists() and own.is_dir() and (own / "receipt.json").is_file():
+            return own
+    return path
 
 
 def _folder(text: str) -> Path:
@@ -129,7 +140,10 @@ def lines_of(found: Found, *, lists_all: bool) -> list[str]:
 
 def _verdict(found: Found) -> str:
     if found.differing:
-        return f"DIFFERS: {how_many(len(found.differing), 'thing')} is not as the receipt says"
+        num = len(found.differing)
+        return (
+            f"DIFFERS: {how_many(num, 'thing')} {agreed(num, 'is', 'are')} not as the receipt says"
+        )
     if found.missing:
         return "CANNOT BE CHECKED: nothing differs, but something is missing"
     return "EQUAL"

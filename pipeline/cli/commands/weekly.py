@@ -53,6 +53,7 @@ Exit codes: 0 written, 1 refused, 2 command line not parsable."""
 OPTIONS = ("--from", "--to", "--by", "--budget", "--out", "--root", "--uri")
 DAY_S = 86400.0
 DAYS = 7
+FIRST = "1970-01-01"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,8 @@ def read_settings(argv: Sequence[str], now_s: float) -> Settings:
     tomorrow_s = (now_s // DAY_S + 1) * DAY_S
     end_s = day_of("--to", given["--to"]) if "--to" in given else tomorrow_s
     start_s = day_of("--from", given["--from"]) if "--from" in given else end_s - DAYS * DAY_S
+    if start_s < day_of("--from", FIRST):
+        raise UserError("--to", f"the period begins before {FIRST}", "give a later day")
     if end_s <= start_s:
         key = "--to" if "--to" in given else "--from"
         problem = "--to is not after --from" if key == "--to" else "is later than today"
