@@ -203,12 +203,12 @@ def test_what_a_saving_of_several_seeds_speaks_of_is_said() -> None:
         row["serving"] = (
             row["serving"] if row["seed"] == 2 else {"device_s_per_1k_units": null("of seed 2")}
         )
-    said = "train is the mean of 3 seeds, serve is seed 2's, each is shown once per arm"
+    said = "train is the geometric mean of 3 seeds, serve is seed 2's, each is shown once per arm"
     assert said in " ".join(closing_table(make_result("distill", rows=rows)).split())
     assert "seeds" not in closing_table(make_result("distill"))
     rows = [make_row(arm, seed=seed) for seed in (0, 1) for arm in ARMS["mixed_precision"]]
     text = " ".join(closing_table(make_result("mixed_precision", rows=rows)).split())
-    assert "train is the mean of 2 seeds, shown once per arm)" in text
+    assert "train is the geometric mean of 2 seeds, shown once per arm)" in text
 
 
 def test_the_level_of_the_intervals_is_stated() -> None:

@@ -307,8 +307,9 @@ def _what_n_counts(result: Result) -> str:
         else f"; serving is read on the artifacts of seed {served}, and its n counts blocks"
     )
     return (
-        f"Each figure stands once for all {num_seeds} seeds: quality and training are means over"
-        f" them, with intervals over seeds, and n counts the seeds{blocks}."
+        f"Each figure stands once for all {num_seeds} seeds: quality is their mean, a training"
+        " saving is 1 - the geometric mean of arm/base, with intervals over seeds, and n counts the"
+        f" seeds{blocks}."
     )
 
 

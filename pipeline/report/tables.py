@@ -218,7 +218,7 @@ def _over_seeds(result: Result) -> str:
     if num_seeds < 2:
         return ""
     meant = {
-        "training": f"train is the mean of {num_seeds} seeds",
+        "training": f"train is the geometric mean of {num_seeds} seeds",
         "serving": "serve is not measured" if served is None else f"serve is seed {served}'s",
     }
     said = [meant[measure] for measure, _ in _SAVED if saving_pairs(result, measure)]
