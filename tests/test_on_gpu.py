@@ -146,6 +146,8 @@ LEFT_OUT = {
     "boto3": "a server of objects, for other tests",
     "moto": "a server of objects, for other tests",
     "s3fs": "a server of objects, for other tests",
+    "selenium": "a browser, for other tests",
+    "axe_core_python": "a browser, for other tests",
 }
 UNSEEN = {"accelerate", "pytest-timeout"}  # what transformers and pytest load by themselves
 

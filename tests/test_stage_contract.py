@@ -41,6 +41,7 @@ SHARED = {
     "pipeline.stages.context",
     "pipeline.stages.drafts",
     "pipeline.stages.settings",
+    "pipeline.stages.variants",
 }
 """Modules of `stages/` that others may import: the contract, the table, and no type of stage."""
 

@@ -178,7 +178,7 @@ def _variant(question: Question, change: Mapping[str, Any], arms: Mapping[Coalit
     ):
         changed["student.source"] = student_source(run)  # else it follows the stages that are left
     changed["primary_arm"] = arms[max(arms, key=len)]
-    if "quantize" in types.values():
+    if any(stage.reference() is not None for stage in run.stages.values()):
         changed["allow_no_speedup"] = True  # what each part brings is the question
     changed["compare"] = _compared(question, arms)
     return recipe_of(kept, {**changed, **change}, types)
