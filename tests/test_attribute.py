@@ -289,6 +289,22 @@ def test_how_the_process_began_is_paid_by_the_first_run_alone(
     assert since[1] > before
 
 
+def test_a_run_that_failed_has_paid_for_the_start_and_from_the_budget(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(attribute, "jobs_of", lambda *_: [attribute.Job("recipe", {})] * 2)
+    monkeypatch.setattr(attribute, "finished", lambda *_: None)
+    monkeypatch.setattr(attribute, "make", lambda *args: calls.append(args) or 1)
+    before = time.monotonic_ns()
+    assert main(["latest", "budget.device_hours=1"], 5) == 1
+    (*_, first_h, first_ns), (*_, second_h, second_ns) = calls
+    assert (first_h, first_ns) == (1.0, 5)
+    assert second_h < 1.0
+    assert second_ns > before
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [

@@ -26,18 +26,17 @@ arXiv 1705.07874 (attribution by Shapley values); Satterthwaite (1946), Biometri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.compare import clustered, statistics
 from pipeline.compare.clustered import GROUP
-from pipeline.compare.quality import MIN_DOCUMENTS, Items, answer_of
+from pipeline.compare.quality import MIN_DOCUMENTS, Items, Summands, answer_of, summands
 from pipeline.compare.statistics import LEVEL, Floats, RunSpread
 from pipeline.ledger.numbers import how_many
 from pipeline.tasks.quality import Mean, Quality, Ratio, Share
@@ -268,25 +267,15 @@ def _on_documents(
     return Effect(value, (interval.low, interval.high))
 
 
-_Parts: TypeAlias = Callable[[Items], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
-
-
-def _summed(quality: Quality) -> _Parts | None:
+def _summed(quality: Quality) -> Summands | None:
     """Return what is summed, and what that is divided by; None: the metric is no such ratio."""
     match quality.measure:
-        case Ratio(num, den):
-            return lambda items: (items[num], items[den])
-        case Mean() as mean:
-            return lambda items: _each(mean.per_example(*(items[name] for name in mean.columns)))
+        case Ratio() | Mean() as measure:
+            return summands(measure)
         case Share(column):
-            return lambda items: _each(items[column] != 0)
+            return lambda items: (items[column] != 0, np.ones(len(items[column])))
         case _:
             return None
-
-
-def _each(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    found = np.asarray(values, dtype=np.float64)
-    return found, np.ones(len(found))
 
 
 def _paired(items: Sequence[Items]) -> list[Items]:

@@ -99,11 +99,11 @@ def _continuous(estimate: float, spread: Spread, settings: _Settings) -> _Found:
     return statistics.skewed_t_interval(estimate, spread, level=settings.level), needed
 
 
-_Parts = Callable[[Items], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+Summands = Callable[[Items], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 """Maps an arm's columns to what is summed, and what the sum is divided by, document by document."""
 
 
-def _ratios(parts: _Parts, quality: Quality, arm: Items, base: Items, how: _Settings) -> _Found:
+def _ratios(parts: Summands, quality: Quality, arm: Items, base: Items, how: _Settings) -> _Found:
     """Compare two ratios of sums, over groups where there are any."""
     (ours, den), (theirs, _) = parts(arm), parts(base)
     # Sums of groups take the place of documents; without groups this changes nothing.
@@ -291,7 +291,7 @@ def macro_f1_interval(
     return statistics.bootstrap_sums(columns, macro_f1, resamples=resamples, seed=seed, level=level)
 
 
-def _parts(measure: Ratio | Mean) -> _Parts:
+def summands(measure: Ratio | Mean) -> Summands:
     """Return what a mean or a ratio is made of."""
     if isinstance(measure, Ratio):
         return lambda items: (items[measure.num], items[measure.den])
@@ -315,7 +315,7 @@ def _compare(quality: Quality, arm: Items, base: Items, how: _Settings) -> _Foun
         case MacroF1():
             return _macro_f1(arm, base, how)
         case Ratio() | Mean() as measure:
-            parts = _parts(measure)
+            parts = summands(measure)
             ours, theirs = parts(arm)[0], parts(base)[0]
             # Scores of 0 and 1 get Tango's interval, which holds its level for few disagreements.
             is_share = isinstance(measure, Mean) and quality.direction > 0 and not quality.relative
@@ -430,7 +430,7 @@ def _why_not(quality: Quality, arm: Items, base: Items, num_documents: int) -> s
         return unknown
     if not quality.relative or not isinstance(measure, Ratio | Mean):
         return None
-    total = _parts(measure)(base)[0].sum()
+    total = summands(measure)(base)[0].sum()
     nothing = f"the base's {measure.columns[0]} sum to 0 or less, which nothing compares to"
     return nothing if total <= 0 else None
 

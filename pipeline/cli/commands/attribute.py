@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.options import read_options
+from pipeline.cli.pages import places_of, write_page
 from pipeline.cli.variant_runs import (
     BUDGET,
     Job,
@@ -55,6 +56,7 @@ may take; without it, the forecast of them is printed.
 Exit codes: 0 attributed as far as there are arms, 1 refused, 2 command line not parsable; those of
 a run that was stopped: 7 budget spent, 75 preempted, 130 interrupted."""
 STOPPED = (Exit.BUDGET_SPENT, Exit.PREEMPTED, Exit.INTERRUPTED)
+HOUR_NS = 3600 * 10**9
 OPTIONS, FLAGS = ("--arm", "--base", "--out", "--root"), ("--leave-one-out",)
 
 
@@ -146,15 +148,17 @@ def _all(settings: Settings, command: str, started_ns: int) -> int:
     for job in jobs:
         done = finished(settings.root, job)
         if done is None and settings.budget_h is not None and code not in STOPPED:
-            left_h = settings.budget_h - spent_h
-            # how the process began is the first one's to pay
-            since_ns = time.monotonic_ns() if spent_h else started_ns
-            made = make(job, place, question.kept, settings.root, left_h, since_ns)
+            left_h, begun_ns = settings.budget_h - spent_h, time.monotonic_ns()
+            made = make(job, place, question.kept, settings.root, left_h, started_ns)
             done = finished(settings.root, job)
+            # how the process began was the first one's to pay, whatever became of it
+            started_ns = time.monotonic_ns()
             if done is None and made == Exit.DONE:
                 print("note: that run made not all of its arms; its report says why")
             code = code if done is not None else max(code, made)
-            spent_h += 0.0 if done is None else done.result["run"]["spent"]["value"] or 0.0
+            devices = question.kept.result["device"]["count"]
+            lost_h = (started_ns - begun_ns) * devices / HOUR_NS  # what no result tells
+            spent_h += lost_h if done is None else done.result["run"]["spent"]["value"] or 0.0
         if done is None:
             open_jobs.append(job)
         else:
@@ -205,10 +209,7 @@ def _folder(settings: Settings) -> Path:
     Raises:
         UserError: If there is none.
     """
-    name = settings.run.removeprefix("runs:/")
-    places = [settings.root / "runs" / name, Path(settings.run).expanduser()]
-    if name == "latest":
-        places = [settings.root / "latest"]
+    places = places_of(settings.run, settings.root)
     try:
         return next(each for each in places if (each / "journal.jsonl").is_file()).resolve()
     except (StopIteration, OSError, ValueError):
@@ -312,20 +313,7 @@ def _name_of(question: Question) -> str:
 
 def _show(found: Any, question: Question, place: Path, command: str) -> None:
     from pipeline.report.attribution import page_of, terminal
-    from pipeline.report.markdown import pictures_of, sections_markdown
-    from pipeline.report.page import page
-    from pipeline.store.artifacts import write_bytes, write_text
 
     print("\n".join(terminal(found)))
     head, sections = page_of(found, question.kept.result, command)
-    try:
-        write_text(place / "report.html", page(head, sections))
-        write_text(place / "report.md", sections_markdown(head, sections))
-        said = lambda why: print(f"note: {why}", file=sys.stderr)
-        for name, content in pictures_of(sections, said):
-            write_bytes(place / name, content)
-    except OSError as error:
-        raise UserError(
-            "--out", f"{place} cannot be written ({error.strerror})", "give another folder"
-        ) from error
-    print(f"\nreport: {place / 'report.html'}")
+    write_page(place, head, sections)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.options import read_options
+from pipeline.cli.pages import places_of, write_page
 from pipeline.config.redaction import clean_output
 from pipeline.errors import Exit, Unparsable, UserError, one_line
 
@@ -129,9 +130,7 @@ def _side(reference: str, settings: Settings) -> Side:
     if not reference.isprintable() or len(reference) > 4096:
         raise UserError("RUN", f"{reference[:80]!r} is no run", "give an id, latest or a folder")
     name = reference.removeprefix("runs:/")
-    places = [settings.root / "runs" / name, Path(reference).expanduser()]
-    if name == "latest":
-        places = [settings.root / "latest"]
+    places = places_of(reference, settings.root)
     try:
         folder = next((each for each in places if (each / "result.json").is_file()), None)
     except OSError as error:
@@ -181,11 +180,8 @@ def _read(reference: str, folder: Path) -> Side:
 
 def _show(settings: Settings, sides: Sequence[Side], command: str) -> None:
     from pipeline.report.comparing import comparable, differing, page_of
-    from pipeline.report.markdown import pictures_of, sections_markdown
-    from pipeline.report.page import page
     from pipeline.report.tables import WIDTH, closing_table
     from pipeline.report.text import wrap
-    from pipeline.store.artifacts import write_bytes, write_text
 
     table = differing(sides)
     print("What differs:")
@@ -201,14 +197,4 @@ def _show(settings: Settings, sides: Sequence[Side], command: str) -> None:
         print(f"\n{side.name}, {one_line(side.material.result['recipe'], 60)}:")
         print(closing_table(side.material.result))
     head, sections = page_of(sides, command)
-    try:
-        write_text(settings.out / "report.html", page(head, sections))
-        write_text(settings.out / "report.md", sections_markdown(head, sections))
-        said = lambda why: print(f"note: {why}", file=sys.stderr)
-        for name, content in pictures_of(sections, said):
-            write_bytes(settings.out / name, content)
-    except OSError as error:
-        raise UserError(
-            "--out", f"{settings.out} cannot be written ({error.strerror})", "give another folder"
-        ) from error
-    print(f"\nreport: {settings.out / 'report.html'}")
+    write_page(settings.out, head, sections)

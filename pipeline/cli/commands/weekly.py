@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.options import read_options
+from pipeline.cli.pages import write_page
 from pipeline.cli.period import (
     behind,
     day_of,
@@ -213,21 +214,8 @@ def _histories(uri: str, until: str) -> list[VerdictHistory]:
 
 
 def _write(settings: Settings, period: Period) -> None:
-    from pipeline.report.markdown import pictures_of, sections_markdown
-    from pipeline.report.page import page
     from pipeline.report.weekly import page_of, text_lines
-    from pipeline.store.artifacts import write_bytes, write_text
 
     head, sections = page_of(period)
     print("\n".join(text_lines(head, sections)))
-    try:
-        write_text(settings.out / "report.html", page(head, sections))
-        write_text(settings.out / "report.md", sections_markdown(head, sections))
-        said = lambda why: print(f"note: {why}", file=sys.stderr)
-        for name, content in pictures_of(sections, said):
-            write_bytes(settings.out / name, content)
-    except OSError as error:
-        raise UserError(
-            "--out", f"{settings.out} cannot be written ({error.strerror})", "give another folder"
-        ) from error
-    print(f"\nreport: {settings.out / 'report.html'}")
+    write_page(settings.out, head, sections)
